@@ -1,0 +1,83 @@
+"""Softmax attention: what every other attention is measured against."""
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from hhbench.attention import (
+    Attention,
+    MixerShape,
+    check_inputs,
+    register_attention,
+    repeat_heads,
+    visible_keys,
+    zero_padding,
+)
+
+
+@register_attention(paper="Vaswani et al. 2017, eq. 1", cost="N^2 D", recipe="no-transfer")
+class Softmax(Attention):
+    """weights_ij = exp(scale q_i.k_j) / sum_j exp(scale q_i.k_j).
+
+    Runs torch's scaled_dot_product_attention, or flash-attn where it is installed, the tensors are half precision on
+    a CUDA device and no key is padded.
+    """
+
+    def __init__(self, shape: MixerShape) -> None:
+        super().__init__(shape)
+        self._flash_attn = find_spec("flash_attn") is not None
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        check_inputs(self.shape, q, k, v, key_mask)
+        dropout = self.shape.dropout if self.training else 0.0
+        if self._flash_attn and q.is_cuda and key_mask is None and q.dtype in (torch.float16, torch.bfloat16):
+            from flash_attn import flash_attn_func
+
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+            out = flash_attn_func(q, k, v, dropout, softmax_scale=self.shape.scale, causal=self.shape.causal)
+            return out.transpose(1, 2)
+        k, v = repeat_heads(k, self.shape.num_heads), repeat_heads(v, self.shape.num_heads)
+        num_queries, num_keys = q.shape[2], k.shape[2]
+        if key_mask is None and self.shape.causal and num_queries == num_keys:
+            return scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=self.shape.scale)
+        visible = visible_keys(
+            key_mask, causal=self.shape.causal, num_queries=num_queries, num_keys=num_keys, device=q.device
+        )
+        if key_mask is None:
+            return scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout, scale=self.shape.scale)
+        assert visible is not None
+        # A query with nothing to see would be 0/0: let it see everything, then zero what it saw.
+        blind = ~visible.any(-1, keepdim=True)
+        q, k, v = (zero_padding(x, key_mask) for x in (q, k, v))
+        out = scaled_dot_product_attention(
+            q, k, v, attn_mask=visible | blind, dropout_p=dropout, scale=self.shape.scale
+        )
+        return out.masked_fill(blind, 0.0)
+
+    def weights(
+        self, q: Tensor, k: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        check_inputs(self.shape, q, k, None, key_mask)
+        q, k = zero_padding(q, key_mask), zero_padding(k, key_mask)
+        scores = q @ repeat_heads(k, self.shape.num_heads).mT * self.shape.scale
+        visible = visible_keys(
+            key_mask,
+            causal=self.shape.causal,
+            num_queries=q.shape[2],
+            num_keys=k.shape[2],
+            device=q.device,
+        )
+        if visible is None:
+            return scores.softmax(-1)
+        blind = ~visible.any(-1, keepdim=True)
+        return scores.masked_fill(~(visible | blind), -torch.inf).softmax(-1).masked_fill(blind, 0.0)
+
+    def state_bytes(self, num_tokens: int, *, batch_size: int = 1) -> int | None:
+        """The key-value cache in float32: it grows with every token."""
+        if not self.shape.causal:
+            return None
+        return batch_size * num_tokens * self.shape.num_kv_heads * self.shape.head_dim * 2 * 4

@@ -1,0 +1,387 @@
+"""The contracts: what an attention is, at which rung it enters, and how it registers.
+
+Shapes, here and everywhere: B batch, H query heads, G key-value heads, N tokens, D head width, E value width,
+F feature width, C model width. `key_mask` is bool [B, N], True = attend. `positions` is int64 [B, N] and counts
+attended tokens.
+
+A new thought registers at the lowest rung that holds it, and hhbench supplies the rungs above:
+
+    FeatureMap        phi, for a linear attention: weights ~ phi(q) . phi(k)
+    Attention         what happens between q, k, v and the output
+    SequenceMixer     the whole block, projections included
+"""
+
+import dataclasses
+import hashlib
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from hhbench.errors import HHBenchError, UsageError, in_one_line, unknown_name
+from hhbench.registry import Registry
+
+Direction = Literal["causal", "bidirectional"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixerShape:
+    """Where an attention sits: read from the host's layer, never guessed.
+
+    Attributes:
+        dim: C, the width of the model.
+        num_heads: H, heads of q.
+        num_kv_heads: G, heads of k and v; divides `num_heads`.
+        head_dim: D. Not always dim / num_heads (Qwen3).
+        scale: what softmax multiplies q.k with, usually D ** -0.5. Linear attentions don't use it: a factor on
+            phi(q).phi(k) cancels in the normaliser.
+        max_len: the longest sequence the host can take.
+        causal: whether token i sees tokens up to i only.
+        dropout: of softmax's weights while training. Attentions that never form weights don't apply it.
+    """
+
+    dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    max_len: int
+    causal: bool
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "num_heads", "num_kv_heads", "head_dim", "max_len"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.num_heads % self.num_kv_heads:
+            raise UsageError(f"{self.num_heads} query heads can't share {self.num_kv_heads} key-value heads evenly")
+
+    @property
+    def direction(self) -> Direction:
+        return "causal" if self.causal else "bidirectional"
+
+
+class FeatureMap(nn.Module):
+    """phi: [B, H, N, D] -> [B, H, N, F], the part that tells linear attentions apart.
+
+    The simplest map overrides `forward(x)` alone and serves queries and keys alike. A map that needs positions, or
+    whose keys carry a scale, overrides `map_queries` and `map_keys`.
+
+    A linear attention makes two maps of a class, one for queries and one for keys, unless it is told to tie them.
+    """
+
+    feature_dim: int
+
+    def __init__(self, shape: MixerShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.feature_dim = shape.head_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} maps queries and keys by their own methods")
+
+    def map_queries(self, q: Tensor, *, positions: Tensor) -> Tensor:
+        """Features of queries, each row up to a positive factor of its own, which cancels in the normaliser."""
+        del positions
+        features: Tensor = self(q)
+        return features
+
+    def map_keys(
+        self, k: Tensor, *, positions: Tensor, key_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Features of keys and their log scales [B, H, N], or None for scale 1.
+
+        The true feature is features * exp(log_scale): exponential maps keep their rows near 1 this way, and the sum
+        carries the running maximum of the scales. A key's features must not depend on another key.
+        """
+        del positions, key_mask
+        return self(k), None
+
+
+class Attention(nn.Module, ABC):
+    """What happens between q, k, v and the output of one layer. This is what a user subclasses.
+
+    Attributes:
+        shape: where it sits.
+        has_weights: False for attentions whose output is not a weighted mean of v (they override `weights` with
+            nothing, are taught by output error only, and reports print "no weights").
+    """
+
+    has_weights: ClassVar[bool] = True
+
+    def __init__(self, shape: MixerShape) -> None:
+        super().__init__()
+        self.shape = shape
+
+    @abstractmethod
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        """The output [B, H, N, E].
+
+        Args:
+            q: [B, H, N, D]. Where there are fewer queries than keys, they are the last ones: tokens that are being
+                decoded.
+            k: [B, G, M, D], M >= N.
+            v: [B, G, M, E].
+            key_mask: bool [B, M], True = attend; None = all.
+            positions: int64 [B, M]; None = count the attended tokens.
+
+        A query with no key to attend to gets zeros.
+        """
+
+    def weights(
+        self, q: Tensor, k: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        """The weights [B, H, N, M] with which `forward` averages v. Rows sum to 1, or to 0 with no key to attend to."""
+        raise HHBenchError(f"{type(self).__name__} has no attention weights")
+
+    def state_bytes(self, num_tokens: int, *, batch_size: int = 1) -> int | None:
+        """Bytes that decoding must keep after `num_tokens` tokens, or None where it cannot decode recurrently."""
+        del num_tokens, batch_size
+        return None
+
+
+class SequenceMixer(nn.Module, ABC):
+    """A whole block from hidden states to hidden states: what has no q, k and v of its own kind (H3, Hyena)."""
+
+    def __init__(self, shape: MixerShape) -> None:
+        super().__init__()
+        self.shape = shape
+
+    @abstractmethod
+    def forward(self, x: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
+        """[B, N, C] -> [B, N, C]."""
+
+
+def check_inputs(shape: MixerShape, q: Tensor, k: Tensor, v: Tensor | None, key_mask: Tensor | None) -> None:
+    """Refuse tensors that don't fit the shape, with the shapes in the message."""
+    if q.ndim != 4 or q.shape[1] != shape.num_heads or q.shape[3] != shape.head_dim:
+        raise UsageError(f"q must be [B, {shape.num_heads}, N, {shape.head_dim}], not {list(q.shape)}")
+    B = q.shape[0]
+    if k.ndim != 4 or k.shape[:2] != (B, shape.num_kv_heads) or k.shape[3] != shape.head_dim:
+        raise UsageError(f"k must be [{B}, {shape.num_kv_heads}, N, {shape.head_dim}], not {list(k.shape)}")
+    num_keys = k.shape[2]
+    if q.shape[2] > num_keys:
+        raise UsageError(f"{q.shape[2]} queries for {num_keys} keys: queries are the last of the keys' tokens")
+    if v is not None and (v.ndim != 4 or v.shape[:3] != k.shape[:3]):
+        raise UsageError(f"v must be {list(k.shape[:3])} and any width, not {list(v.shape)}")
+    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (B, num_keys)):
+        raise UsageError(
+            f"key_mask must be bool [{B}, {num_keys}], True = attend, not {key_mask.dtype} {list(key_mask.shape)}"
+        )
+
+
+def token_positions(key_mask: Tensor | None, *, batch_size: int, length: int, device: torch.device) -> Tensor:
+    """Positions [B, N] that count attended tokens, so that padding on either side changes nothing."""
+    if key_mask is None:
+        return torch.arange(length, device=device).expand(batch_size, length)
+    return (key_mask.long().cumsum(-1) - 1).clamp_min(0)
+
+
+def visible_keys(
+    key_mask: Tensor | None, *, causal: bool, num_queries: int, num_keys: int, device: torch.device
+) -> Tensor | None:
+    """Which keys each query may see, as bool broadcastable to [B, H, N, M]; None when all may."""
+    visible = None if key_mask is None else key_mask[:, None, None, :]
+    if causal and num_queries > 1:
+        past = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
+        visible = past[None, None] if visible is None else visible & past
+    return visible
+
+
+def zero_padding(x: Tensor, key_mask: Tensor | None) -> Tensor:
+    """x [B, H, N, D], the last N of the mask's tokens, with zeros at padded ones.
+
+    Whatever lies there must reach no sum and no gradient, and 0 * inf is NaN.
+    """
+    return x if key_mask is None else x.masked_fill(~key_mask[:, None, -x.shape[2] :, None], 0.0)
+
+
+def repeat_heads(x: Tensor, num_heads: int) -> Tensor:
+    """[B, G, N, D] -> [B, H, N, D]: each key-value head serves its group of query heads."""
+    return x if x.shape[1] == num_heads else x.repeat_interleave(num_heads // x.shape[1], dim=1)
+
+
+Part = FeatureMap | Attention | SequenceMixer
+PartT = TypeVar("PartT", bound=type[Part])
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec:
+    """One registered attention: what it is, what it costs, and how it is built.
+
+    Attributes:
+        name: what the command line calls it.
+        part: the class, at the rung where it registered.
+        paper: where it comes from.
+        cost: time per layer in N, D, F: "N F E".
+        directions: which uses it serves.
+        recipe: the recipe that converts a pretrained model unless the user says otherwise.
+        version: raised whenever its results change; it is part of every result's key.
+        external: it is a user's own, not one of hhbench's.
+    """
+
+    name: str
+    part: type[Part]
+    paper: str
+    cost: str
+    directions: frozenset[Direction]
+    recipe: str
+    version: int
+    external: bool = False
+
+    @property
+    def convertible(self) -> bool:
+        """Whether it can take over q, k and v of a pretrained layer."""
+        return not issubclass(self.part, SequenceMixer)
+
+    @property
+    def rung(self) -> str:
+        return next(c.__name__ for c in (FeatureMap, Attention, SequenceMixer) if issubclass(self.part, c))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Every option with its default: the keyword-only parameters of the class, and of the sum around a map."""
+        from hhbench.linear_attention import LinearAttention
+
+        holders: list[type] = [self.part]
+        if issubclass(self.part, FeatureMap):
+            holders.append(LinearAttention)
+        return {
+            name: parameter.default
+            for holder in holders
+            for name, parameter in inspect.signature(holder).parameters.items()
+            if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty
+        }
+
+    def label(self, options: Mapping[str, Any]) -> str:
+        """The name with every option that is not the default: what a table's row is called."""
+        unusual = [f"{k}={options[k]}" for k in sorted(options) if options[k] != self.options.get(k)]
+        return f"{self.name}[{','.join(unusual)}]" if unusual else self.name
+
+    def check(self, *, direction: Direction, options: Mapping[str, Any]) -> None:
+        """Refuse a direction that it can't serve and options that it doesn't have."""
+        if direction not in self.directions:
+            raise UsageError(f"{self.name} has no {direction} form; it is {' and '.join(sorted(self.directions))}")
+        for name in options.keys() - self.options.keys():
+            raise unknown_name(f"option of {self.name}", name, self.options)
+
+    def build(self, shape: MixerShape, **options: Any) -> "Attention | SequenceMixer":
+        """Make the module for one layer.
+
+        Raises:
+            UsageError: the direction or an option doesn't fit.
+            HHBenchError: a user's class raised, or is none of the three contracts.
+        """
+        from hhbench.linear_attention import LinearAttention
+
+        self.check(direction=shape.direction, options=options)
+        try:
+            if issubclass(self.part, FeatureMap):
+                of_sum = {name for name in inspect.signature(LinearAttention).parameters if name in options}
+                of_map = {name: value for name, value in options.items() if name not in of_sum}
+                return LinearAttention(
+                    shape, lambda s: self.part(s, **of_map), **{name: options[name] for name in of_sum}
+                )
+            return self.part(shape, **options)
+        except HHBenchError:
+            raise
+        except Exception as error:
+            if not self.external:
+                raise
+            raise HHBenchError(f"building {self.name} failed: {in_one_line(error)}") from error
+
+    def source_hash(self) -> str | None:
+        """sha256 of a user's own file, which is part of a result's key; None for hhbench's own."""
+        if not self.external:
+            return None
+        return hashlib.sha256(Path(inspect.getfile(self.part)).read_bytes()).hexdigest()
+
+
+def _adopt(cls: type, name: str) -> AttentionSpec:
+    if not (inspect.isclass(cls) and issubclass(cls, FeatureMap | Attention | SequenceMixer)):
+        raise UsageError(f"{name} is none of hhbench.attention's FeatureMap, Attention and SequenceMixer")
+    return _spec(cls, name=name, paper="the user's own", cost="not stated")
+
+
+ATTENTIONS: Registry[AttentionSpec] = Registry(
+    "attention", package="hhbench.baselines", entry_points="hhbench.attentions", adopt=_adopt
+)
+
+
+def _spec(part: type[Part], *, name: str, paper: str, cost: str, **fields: Any) -> AttentionSpec:
+    return AttentionSpec(
+        name=name,
+        part=part,
+        paper=paper,
+        cost=cost,
+        directions=frozenset(fields.pop("directions", ("causal", "bidirectional"))),
+        recipe=fields.pop("recipe", "hedgehog"),
+        version=fields.pop("version", 1),
+        external=not part.__module__.startswith("hhbench."),
+    )
+
+
+def register_attention(
+    *,
+    paper: str,
+    cost: str,
+    directions: tuple[Direction, ...] = ("causal", "bidirectional"),
+    recipe: str = "hedgehog",
+    version: int = 1,
+    name: str | None = None,
+) -> Callable[[PartT], PartT]:
+    """Register a class under its file's name. See `AttentionSpec` for the arguments."""
+
+    def add(part: PartT) -> PartT:
+        own = name or part.__module__.rpartition(".")[2].replace("_", "-")
+        if not part.__module__.startswith("hhbench."):
+            own = name or part.__name__
+        spec = _spec(
+            part, name=own, paper=paper, cost=cost, directions=directions, recipe=recipe, version=version
+        )
+        ATTENTIONS.add(own, spec, external=spec.external)
+        return part
+
+    return add
+
+
+def build_attention(name: str, shape: MixerShape, **options: Any) -> Attention | SequenceMixer:
+    """An attention of the registry, a user's file (`path.py:Class`) or a dotted path, for one layer.
+
+    >>> shape = MixerShape(dim=64, num_heads=4, num_kv_heads=4, head_dim=16, scale=0.25, max_len=128, causal=True)
+    >>> hedgehog = build_attention("hedgehog", shape)
+    """
+    return ATTENTIONS.get(name).build(shape, **options)
+
+
+def probe(spec: AttentionSpec, *, direction: Direction, options: Mapping[str, Any]) -> None:
+    """Run a user's attention once on four tokens, so that a wrong shape is a clear line before anything trains."""
+    shape = MixerShape(
+        dim=16, num_heads=2, num_kv_heads=2, head_dim=8, scale=8**-0.5, max_len=16, causal=direction == "causal"
+    )
+    with torch.random.fork_rng(devices=[]):
+        module = spec.build(shape, **options)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            x = torch.randn(2, 2, 4, 8)
+            out = module(torch.randn(2, 4, 16)) if isinstance(module, SequenceMixer) else module(x, x, x)
+    except HHBenchError:
+        raise
+    except Exception as error:
+        raise HHBenchError(f"{spec.name} failed on four tokens: {in_one_line(error)}") from error
+    expected = (2, 4, 16) if isinstance(module, SequenceMixer) else (2, 2, 4, 8)
+    if not isinstance(out, Tensor) or out.shape != expected:
+        got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise HHBenchError(f"{spec.name} returned {got} where {list(expected)} was expected")
+
+
+def shape_for_keys(shape: MixerShape) -> MixerShape:
+    """The shape of a map that one key-value head shares with its group of query heads."""
+    return dataclasses.replace(shape, num_heads=shape.num_kv_heads)

@@ -1,0 +1,511 @@
+"""The commands: arguments in, one call out. Nothing heavy is imported before a command needs it."""
+
+import argparse
+import dataclasses
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from hhbench.config import PRESETS, RECIPES, RunConfig
+from hhbench.errors import HHBenchError, UsageError, unknown_name
+
+if TYPE_CHECKING:
+    from hhbench.data import PackageFile
+    from hhbench.result import Result
+
+log = logging.getLogger("hhbench")
+
+EXAMPLES = {
+    None: """examples:
+  python -m hhbench run --task glue --attn hedgehog      the main job: train, convert, test, tabulate
+  hhbench list attentions                                what can be compared
+  hhbench leaderboard                                    every result so far, as tables
+  hhbench <command> --help                               a command's options, with examples""",
+    "run": """examples:
+  hhbench run --task glue --attn hedgehog                            all mini data sets of the task
+  hhbench run --task glue,lm --attn hedgehog,t2r --seed 1            several at once
+  hhbench run --task glue --dataset reviews.csv --attn hedgehog      your own data: text, (text2,) label
+  hhbench run --task recall --attn my_attn.py:MyAttention            your own attention
+  hhbench run --task glue --attn hedgehog --option activation=exp    an attention's option
+  hhbench run --task lm --attn elu --tune lr=1e-3,3e-3               learning rates; the validation split picks
+  hhbench run --task glue --attn hedgehog --devices 2 --accelerator cpu
+  hhbench run --config run.yaml --seed 2                             settings from a file; flags override it
+  hhbench run --task imagenet --attn softmax --dry-run               only say what would be done""",
+    "list": "examples:\n  hhbench list attentions\n  hhbench list datasets",
+    "show": """examples:
+  hhbench show hedgehog                    an attention: paper, cost, options
+  hhbench show glue                        a task: data sets, regimes, presets
+  hhbench show 1a2b3c4d                    a result, by the start of its key
+  hhbench show 1a2b3c4d 5e6f7a8b           what differs between two results' keys""",
+    "leaderboard": """examples:
+  hhbench leaderboard                      the tables of runs/
+  hhbench leaderboard docs/results --format csv > results.csv""",
+    "data": """examples:
+  hhbench data list
+  hhbench data fetch glue                  everything that glue needs at mini; then HHBENCH_OFFLINE=1 works
+  hhbench data verify""",
+    "doctor": "examples:\n  hhbench doctor",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with the nearest name for a misspelt option or command."""
+
+    def error(self, message: str) -> NoReturn:
+        known = list(self._option_string_actions)
+        wrong = ""
+        if message.startswith("unrecognized arguments: "):
+            wrong = message.split(": ", 1)[1].split()[0].split("=")[0]
+        elif "invalid choice: " in message:
+            wrong = message.split("invalid choice: ", 1)[1].split("'")[1]
+            known = [name for action in self._actions for name in (action.choices or ())]
+        close = difflib.get_close_matches(wrong, known, n=1, cutoff=0.5) if wrong else []
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        self.exit(2, f"{self.prog}: {message}.{hint} See {self.prog} --help.\n")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            # The command's own parser knows the options that were meant.
+            commands = next(a for a in self._actions if isinstance(a, argparse._SubParsersAction))
+            commands.choices[parsed.command].error(f"unrecognized arguments: {' '.join(unknown)}")
+        return parsed
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    log.setLevel(logging.DEBUG if args.debug else logging.INFO)
+    try:
+        code: int = args.call(args)
+        return code
+    except KeyboardInterrupt:
+        resume = " The last checkpoint is kept: run the same command with --resume to go on." if args.command == "run" else ""
+        print(f"\nhhbench: interrupted.{resume}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away: hhbench leaderboard | head
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  # Python flushes stdout once more at exit
+        return 1
+    except Exception as error:
+        if args.debug:
+            raise
+        if isinstance(error, HHBenchError):
+            print(f"hhbench: {error}", file=sys.stderr)
+            return 2 if isinstance(error, UsageError) else 1
+        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        print(f"hhbench: {type(error).__name__}: {first} (run again with --debug for the trace)", file=sys.stderr)
+        return 1
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="hhbench",
+        description="A benchmark suite for attention: train, convert and profile Hedgehog and its rivals.",
+        epilog=EXAMPLES[None],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    from hhbench import __version__
+
+    parser.add_argument("--version", action="version", version=f"hhbench {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+
+    def command(name: str, call: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=help, description=help, epilog=EXAMPLES[name], formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        sub.set_defaults(call=call)
+        sub.add_argument("--debug", action="store_true", help="show the trace of an error")
+        return sub
+
+    sub = command("run", _run, "train or convert, test, and print the table row")
+    groups: dict[str, Any] = {}
+    for field in dataclasses.fields(RunConfig):
+        _add_setting(groups.setdefault(field.metadata["group"], sub.add_argument_group(field.metadata["group"])), field)
+    sub.add_argument("--config", type=Path, metavar="FILE", help="settings from a YAML file; flags override it")
+    sub.add_argument("--dry-run", action="store_true", help="say what would be done and stop")
+
+    sub = command("list", _list, "what there is")
+    sub.add_argument("what", choices=("attentions", "tasks", "datasets", "presets", "recipes"))
+
+    sub = command("show", _show, "all about one name or one result; or what differs between two results")
+    sub.add_argument("name", nargs="+", help="an attention, a task, a recipe, a result's folder or the start of its key")
+    sub.add_argument("--out", type=Path, default=Path("runs"), help="where results lie (default: runs)")
+
+    sub = command("leaderboard", _leaderboard, "every result below a folder, as tables")
+    sub.add_argument("folder", type=Path, nargs="?", default=Path("runs"), help="default: runs")
+    sub.add_argument("--format", default="md", help="md or csv (default: md)")
+
+    sub = command("data", _data, "data and weights: what is needed, what is there")
+    sub.add_argument("what", choices=("list", "fetch", "verify"))
+    sub.add_argument("name", nargs="*", help="files, data sets or tasks; all if left out")
+
+    command("doctor", _doctor, "what this machine has, and what hhbench will use")
+    return parser
+
+
+def _add_setting(group: Any, field: "dataclasses.Field[Any]") -> None:
+    flag, meta = f"--{field.name.replace('_', '-')}", field.metadata
+    default = {None: "", "": "", (): "", False: ""}.get(field.default, f" (default: {field.default})")
+    if field.default is dataclasses.MISSING:
+        default = ""
+    shared: dict[str, Any] = {"default": None, "help": meta["help"] + default, "dest": field.name}
+    if meta["type"] is bool:
+        group.add_argument(flag, action="store_true", **shared)
+    elif field.name == "option":
+        group.add_argument(flag, action="append", metavar="NAME=VALUE", **shared)
+    else:
+        metavar = "|".join(meta["choices"]) if meta["choices"] else field.name.upper().rpartition("_")[2]
+        group.add_argument(flag, metavar=metavar, **shared)
+
+
+# ---- run -------------------------------------------------------------------------------------------------------
+
+
+def _configs(args: argparse.Namespace) -> list[RunConfig]:
+    """One config for each task and attention that was named, without its data sets."""
+    fields = {field.name: field for field in dataclasses.fields(RunConfig)}
+    values = _yaml_settings(args.config) if args.config else {}
+    allow_code = bool(args.allow_code or values.get("allow_code"))
+    from_file = {name: str(values[name]) for name in ("attn", "task") if values.get(name)}
+    for name, field in fields.items():
+        given = getattr(args, name)
+        if given is None or given is False:
+            continue
+        try:
+            if name == "option":
+                values[name] = dict(pair for text in given for pair in field.metadata["type"](text))
+            else:
+                values[name] = field.metadata["type"](given)
+        except ValueError as error:
+            if isinstance(error, UsageError):
+                raise
+            raise UsageError(f"--{name.replace('_', '-')} can't be {given!r}: {error}") from error
+    for name in ("task", "attn"):
+        if not values.get(name):
+            raise UsageError(f"--{name} is needed; hhbench list {name.replace('attn', 'attention')}s shows them")
+        if getattr(args, name) is None and name in from_file:
+            _check_named_in_file(name, from_file[name], allow_code=allow_code)
+    tasks, attentions = str(values["task"]).split(","), str(values["attn"]).split(",")
+    if attentions == ["all"]:
+        from hhbench.attention import ATTENTIONS
+
+        attentions = ATTENTIONS.names()
+    return [RunConfig.from_dict(values | {"task": t.strip(), "attn": a.strip()}) for t in tasks for a in attentions]
+
+
+def _yaml_settings(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UsageError(f"--config {path} can't be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"--config {path} must hold settings, one `name: value` a line")
+    known = {field.name for field in dataclasses.fields(RunConfig)}
+    for name in values:
+        if str(name).replace("-", "_") not in known:
+            raise unknown_name(f"setting in {path}", str(name), known)
+    return {str(name).replace("-", "_"): value for name, value in values.items()}
+
+
+def _check_named_in_file(kind: str, names: str, *, allow_code: bool) -> None:
+    from hhbench.attention import ATTENTIONS
+    from hhbench.task import TASKS
+
+    for name in names.split(","):
+        (ATTENTIONS if kind == "attn" else TASKS).get(name.strip(), allow_code=allow_code)
+
+
+def _run(args: argparse.Namespace) -> int:
+    configs = _configs(args)
+    from hhbench import cluster
+
+    cluster.connect(configs[0])
+    from hhbench.run import execute, expand, prepare
+    from hhbench.train import rank
+
+    if rank() > 0:
+        log.setLevel(logging.ERROR)
+    _calm_libraries()
+    plans = [prepare(one) for config in configs for one in expand(config)]
+    for plan in plans:
+        for line in plan.lines():
+            log.info("%s", line)
+    if args.dry_run:
+        log.info("dry run: %d run%s planned, nothing done", len(plans), "" if len(plans) == 1 else "s")
+        return 0
+    results = [execute(plan.given) for plan in plans]
+    if told := os.environ.get("HHBENCH_RESULT_PATH"):
+        if rank() == 0:
+            Path(told).write_text(str(results[0][1].resolve()))
+        return 0
+    if rank() == 0:
+        _print_tables(results, configs[0].out)
+    return 0
+
+
+def _print_tables(made: "list[tuple[Result, Path]]", out: Path) -> None:
+    from hhbench import leaderboard, result
+
+    everything, _ = result.find(out)
+    shown: list[leaderboard.Table] = []
+    for one, _ in made:
+        table = leaderboard.table_of(one, everything)
+        if all(table.keys != other.keys for other in shown):
+            shown.append(table)
+    print(leaderboard.render(shown))
+    for _, path in made:
+        print(f"result: {path}")
+
+
+def _calm_libraries() -> None:
+    """Loading reports and progress bars of the libraries tell a user nothing about a run."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("transformers", "datasets", "huggingface_hub", "timm", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+# ---- list, show, leaderboard -----------------------------------------------------------------------------------
+
+
+def _print_table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*headers, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200
+    console.print(table)
+
+
+def _list(args: argparse.Namespace) -> int:
+    if args.what == "recipes":
+        _print_table(("recipe", "what it does"), ((name, recipe.help) for name, recipe in RECIPES.items()))
+    elif args.what == "attentions":
+        from hhbench.attention import ATTENTIONS
+
+        specs = [ATTENTIONS.get(name) for name in ATTENTIONS.names()]
+        _print_table(
+            ("attention", "enters as", "cost per layer", "directions", "default recipe", "paper"),
+            (
+                (s.name, s.rung, s.cost, " and ".join(sorted(s.directions)), s.recipe if s.convertible else "-", s.paper)
+                for s in specs
+            ),
+        )
+    else:
+        from hhbench.task import TASKS
+
+        tasks = [TASKS.get(name).build() for name in TASKS.names()]
+        if args.what == "tasks":
+            _print_table(
+                ("task", "direction", "regimes (the first is the default)", "mini", "paper"),
+                (
+                    (
+                        t.name,
+                        "causal" if t.causal else "bidirectional",
+                        ", ".join(t.regimes),
+                        *(", ".join(t.suites.get(preset, ())) for preset in PRESETS),
+                    )
+                    for t in tasks
+                ),
+            )
+        elif args.what == "datasets":
+            _print_table(
+                ("data set", "task", "score", "presets", "fetched from"),
+                (
+                    (
+                        name,
+                        t.name,
+                        f"{data.score} {'up' if data.higher_is_better else 'down'}",
+                        ", ".join(p for p in PRESETS if name in t.suites.get(p, ())) or "by name",
+                        ", ".join(f.name for f in data.files) or "see hhbench show " + t.name,
+                    )
+                    for t in tasks
+                    for name, data in t.datasets.items()
+                ),
+            )
+        else:
+            from hhbench.run import prepare
+
+            rows = []
+            for task in tasks:
+                for preset in PRESETS:
+                    for name in task.suites.get(preset, ()):
+                        plan = prepare(RunConfig(task=task.name, attn="softmax", dataset=name, preset=preset))
+                        c = plan.config
+                        rows.append((preset, task.name, name, c.regime, c.model, c.max_len, c.batch_size, c.epochs, c.lr))
+            _print_table(
+                ("preset", "task", "data set", "regime", "model", "tokens", "batch", "epochs", "lr"), sorted(rows)
+            )
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    from hhbench import result
+    from hhbench.attention import ATTENTIONS
+    from hhbench.task import TASKS
+
+    if len(args.name) > 2:
+        raise UsageError("show takes one name, or two results to compare")
+    if len(args.name) == 2:
+        first, second = (result.find_by_prefix(args.out, name) for name in args.name)
+        rows = result.diff_identity(first.identity, second.identity)
+        _print_table(("setting", first.key, second.key), rows) if rows else print("the same key")
+        return 0
+    name = args.name[0]
+    if name in RECIPES:
+        print(f"{name}: {RECIPES[name].help}")
+        return 0
+    if name in TASKS.names():
+        return _show_task(name)
+    from hhbench.registry import is_code_reference
+
+    if name in ATTENTIONS.names() or (is_code_reference(name) and ".py" in name):
+        return _show_attention(name)
+    try:
+        found = result.find_by_prefix(args.out, name)
+    except HHBenchError as error:
+        known = [*ATTENTIONS.names(), *TASKS.names(), *RECIPES]
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise UsageError(f"no attention, task or recipe named {name!r}.{hint} As a result: {error}") from error
+    import json
+
+    print(json.dumps(found.as_dict(), indent=1))
+    return 0
+
+
+def _show_attention(name: str) -> int:
+    import inspect
+
+    from hhbench.attention import ATTENTIONS
+
+    spec = ATTENTIONS.get(name)
+    print(f"{spec.name}: {spec.part.__name__}, a {spec.rung} ({' and '.join(sorted(spec.directions))})")
+    print(f"paper: {spec.paper}\ncost per layer: {spec.cost}\nrecipe: {spec.recipe}\n")
+    print(inspect.getdoc(spec.part) or "")
+    if spec.options:
+        print("\noptions: " + ", ".join(f"{k}={v}" for k, v in spec.options.items()))
+    return 0
+
+
+def _show_task(name: str) -> int:
+    import inspect
+
+    from hhbench.run import prepare
+    from hhbench.task import TASKS
+
+    task = TASKS.get(name).build()
+    print(f"{task.title} ({'causal' if task.causal else 'bidirectional'}); regimes: {', '.join(task.regimes)}\n")
+    print(inspect.getdoc(type(task)) or "")
+    for preset in PRESETS:
+        for name in task.suites.get(preset, ()):
+            for line in prepare(RunConfig(task=task.name, attn="softmax", dataset=name, preset=preset)).lines():
+                print(line)
+    return 0
+
+
+def _leaderboard(args: argparse.Namespace) -> int:
+    from hhbench import leaderboard, result
+
+    results, complaints = result.find(args.folder)
+    for complaint in complaints:
+        print(complaint, file=sys.stderr)
+    if not results:
+        raise HHBenchError(f"no results below {args.folder}; hhbench run makes them")
+    print(leaderboard.render(leaderboard.tables(results), args.format), end="")
+    return 0
+
+
+# ---- data, doctor ----------------------------------------------------------------------------------------------
+
+
+def _files(names: Sequence[str]) -> "dict[str, tuple[PackageFile, list[str]]]":
+    """Files of the package registry by name, and the tasks that read each; of the named files, data sets or tasks."""
+    from hhbench.run import prepare
+    from hhbench.task import TASKS
+
+    found: dict[str, tuple[PackageFile, list[str]]] = {}
+    known: set[str] = set()
+    for task_name in TASKS.names():
+        task = TASKS.get(task_name).build()
+        for name in task.datasets:
+            preset = "mini" if name in task.suites["mini"] else "paper"
+            files = task.files(prepare(RunConfig(task=task_name, attn="softmax", dataset=name, preset=preset)).config)
+            known |= {task_name, name, *(f.name for f in files)}
+            for file in files:
+                if not names or {task_name, name, file.name} & set(names):
+                    users = found.setdefault(file.name, (file, []))[1]
+                    users += [task_name] if task_name not in users else []
+    for name in names:
+        if name not in known:
+            raise unknown_name("file, data set or task", name, known)
+    return found
+
+
+def _data(args: argparse.Namespace) -> int:
+    from hhbench import data
+
+    files = _files(args.name)
+    if args.what == "fetch":
+        for file, _ in files.values():
+            print(f"{file.name}: {data.fetch(file)}")
+        if not files:
+            print("nothing to fetch: it is generated, shipped with a library, or comes from the hub when a run needs it")
+        return 0
+    states = {name: data.status(file) for name, (file, _) in files.items()}
+    _print_table(
+        ("name", "status", "MB", "used by", "licence", "holds"),
+        ((n, states[n], f.megabytes, ", ".join(users), f.licence, f.holds) for n, (f, users) in files.items()),
+    )
+    if args.what == "verify":
+        wrong = [name for name, state in states.items() if state == "corrupt"]
+        if wrong:
+            raise HHBenchError(f"damaged: {', '.join(wrong)}. Fetch again: hhbench data fetch {' '.join(wrong)}")
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    import importlib.util
+    import platform
+    import shutil
+
+    import torch
+
+    from hhbench import data, result
+
+    versions = result.environment(device="", world_size=1, threads=torch.get_num_threads(), precision="")["versions"]
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    cache = data.cache_dir()
+    rows = [
+        ("python", platform.python_version(), ""),
+        *((name, version, "") for name, version in sorted(versions.items())),
+        ("devices", ", ".join(gpus) or ("Apple MPS" if torch.backends.mps.is_available() else "CPU"), ""),
+        ("cpu threads", torch.get_num_threads(), "OMP_NUM_THREADS changes it"),
+        ("flash-attn", _there("flash_attn"), "softmax on CUDA in half precision; torch's SDPA otherwise"),
+        ("pip", _there("pip"), "fetches pinned data; without it, put files into the cache by hand"),
+        ("cache", cache, f"{shutil.disk_usage(cache).free / 1e9:.0f} GB free; HHBENCH_CACHE moves it"),
+        ("network", "off (offline switch)" if data.offline() else "allowed", "HHBENCH_OFFLINE=1 forbids it"),
+        ("matplotlib", _there("matplotlib"), "plots"),
+    ]
+    _print_table(("what", "found", "note"), rows)
+    return 0
+
+
+def _there(package: str) -> str:
+    import importlib.util
+
+    return "installed" if importlib.util.find_spec(package) else "not installed"

@@ -1,0 +1,255 @@
+"""RunConfig: every setting of a run, with its default, its help and its check, in one place.
+
+The command line, the YAML configuration and the Python API are all made from the fields below. A field whose default
+is None is blank: the task's preset fills it. `resolve` in hhbench.run does that, and from then on nothing is blank.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hhbench.errors import UsageError, unknown_name
+
+REGIMES = ("scratch", "finetuned-conversion", "pretrained-conversion")
+PRESETS = ("mini", "paper")
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true")
+LOGGERS = ("none", "csv", "tensorboard", "wandb")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named bundle of stages for conversion. `transfer` or `finetune` False means that the stage is left out."""
+
+    help: str
+    transfer: bool
+    finetune: bool
+
+
+RECIPES: Mapping[str, Recipe] = {
+    "hedgehog": Recipe("attention transfer, then finetuning (Zhang et al. 2024)", transfer=True, finetune=True),
+    "t2r": Recipe("swap and finetune, no transfer (Kasai et al. 2021)", transfer=False, finetune=True),
+    "t2r-hh": Recipe("T2R's map taught by Hedgehog's transfer, then finetuning", transfer=True, finetune=True),
+    "no-transfer": Recipe("swap and finetune: for attentions with nothing to teach", transfer=False, finetune=True),
+    "transfer-only": Recipe("attention transfer and nothing after it", transfer=True, finetune=False),
+    "untrained": Recipe("swap and nothing after it", transfer=False, finetune=False),
+}
+
+
+def _positive(value: float) -> str | None:
+    return None if value > 0 else "must be above 0"
+
+
+def _not_negative(value: float) -> str | None:
+    return None if value >= 0 else "must not be negative"
+
+
+def _fraction(value: float) -> str | None:
+    return None if 0 <= value < 1 else "must be at least 0 and below 1"
+
+
+def setting(
+    help: str,
+    *,
+    default: Any = None,
+    type: Callable[[str], Any] = str,
+    choices: Sequence[str] = (),
+    check: Callable[[Any], str | None] | None = None,
+    changes_result: bool = True,
+    group: str = "what to run",
+) -> Any:
+    """A field of RunConfig. `changes_result` False keeps it out of the result's key: devices, folders, logging."""
+    return dataclasses.field(
+        default=default,
+        metadata={
+            "help": help,
+            "type": type,
+            "choices": tuple(choices),
+            "check": check,
+            "changes_result": changes_result,
+            "group": group,
+        },
+    )
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    name, _, values = text.rpartition("=")
+    if name not in ("", "lr"):
+        raise UsageError(f"--tune takes lr=1e-3,3e-3, not {text!r}: the learning rate is what is tuned")
+    return tuple(float(value) for value in values.split(","))
+
+
+def option_value(text: str) -> Any:
+    """`true`, `3`, `0.5` and `none` as what they look like; the rest as text."""
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _options(text: str) -> tuple[tuple[str, Any], ...]:
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    if any(not (name and equals) for name, equals, _ in pairs):
+        raise UsageError(f"--option takes name=value, not {text!r}")
+    return tuple((name, option_value(value)) for name, _, value in pairs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run: one task, one data set, one attention, one regime, one preset, one seed."""
+
+    task: str = setting("glue, lm, imagenet, recall, or your own file.py:Class")
+    attn: str = setting("an attention's name, or your own file.py:Class")
+    dataset: str | None = setting("a data set of the task, or your own file or folder; all of the preset's if left out")
+    preset: str = setting(
+        "mini: real data at laptop size; paper: the published protocol", default="mini", choices=PRESETS
+    )
+    regime: str | None = setting("how the model comes about; the task has a default", choices=REGIMES)
+    recipe: str | None = setting("the stages of a conversion; the attention has a default", choices=tuple(RECIPES))
+    option: tuple[tuple[str, Any], ...] = setting(
+        "an option of the attention, name=value (repeatable)", default=(), type=_options
+    )
+    seed: int = setting("of weights, data order and augmentation", default=0, type=int, check=_not_negative)
+    teacher_seed: int = setting(
+        "of the teacher that is converted", default=0, type=int, check=_not_negative
+    )
+
+    model: str | None = setting("the host: a model of transformers or timm, or a folder", group="model and data")
+    max_len: int | None = setting("longest sequence in tokens", type=int, check=_positive, group="model and data")
+    dropout: float | None = setting(
+        "of softmax's weights and of the hidden states", type=float, check=_fraction, group="model and data"
+    )
+    train_examples: int | None = setting(
+        "at most so many to train on; 0 = all", type=int, check=_not_negative, group="model and data"
+    )
+    test_examples: int | None = setting(
+        "at most so many to test on; 0 = all", type=int, check=_not_negative, group="model and data"
+    )
+
+    batch_size: int | None = setting(
+        "examples per optimizer step, over all devices together", type=int, check=_positive, group="training"
+    )
+    epochs: float | None = setting(
+        "of training (scratch) or finetuning (conversion)", type=float, check=_not_negative, group="training"
+    )
+    lr: float | None = setting("of training or finetuning", type=float, check=_positive, group="training")
+    teacher_epochs: float | None = setting(
+        "of the teacher, in finetuned-conversion", type=float, check=_not_negative, group="training"
+    )
+    teacher_lr: float | None = setting("of the teacher", type=float, check=_positive, group="training")
+    transfer_epochs: float | None = setting("of attention transfer", type=float, check=_not_negative, group="training")
+    transfer_lr: float | None = setting("of attention transfer", type=float, check=_positive, group="training")
+    weight_decay: float | None = setting(
+        "of AdamW; none on biases and norms", type=float, check=_not_negative, group="training"
+    )
+    warmup: float | None = setting(
+        "part of the steps over which the learning rate rises", type=float, check=_fraction, group="training"
+    )
+    clip: float | None = setting(
+        "largest norm of the gradient; 0 = none", type=float, check=_not_negative, group="training"
+    )
+    tune: tuple[float, ...] = setting(
+        "learning rates to try, lr=1e-3,3e-3; the validation split picks", default=(), type=_numbers, group="training"
+    )
+    precision: str = setting(
+        "Lightning's precision", default="32-true", choices=PRECISIONS, group="training"
+    )
+
+    accelerator: str = setting(
+        "auto, cpu, cuda, mps ...", default="auto", changes_result=False, group="machine"
+    )
+    devices: int = setting(
+        "how many; more than one trains under DDP", default=1, type=int, check=_positive, changes_result=False,
+        group="machine",
+    )
+    num_nodes: int = setting(
+        "machines", default=1, type=int, check=_positive, changes_result=False, group="machine"
+    )
+    workers: int = setting(
+        "processes that load data", default=0, type=int, check=_not_negative, changes_result=False, group="machine"
+    )
+    micro_batch_size: int | None = setting(
+        "examples per device and forward pass; the rest of the batch is accumulated", type=int, check=_positive,
+        changes_result=False, group="machine",
+    )
+    logger: str = setting(
+        "where curves go", default="csv", choices=LOGGERS, changes_result=False, group="machine"
+    )
+    out: Path = setting(
+        "folder for results, teachers and checkpoints", default=Path("runs"), type=Path, changes_result=False,
+        group="machine",
+    )
+    resume: bool = setting(
+        "continue an interrupted run from its last checkpoint", default=False, type=bool, changes_result=False,
+        group="machine",
+    )
+    force: bool = setting(
+        "run again although a result is there", default=False, type=bool, changes_result=False, group="machine"
+    )
+    allow_code: bool = setting(
+        "import the code that a YAML configuration names", default=False, type=bool, changes_result=False,
+        group="machine",
+    )
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, meta = getattr(self, field.name), field.metadata
+            flag = f"--{field.name.replace('_', '-')}"
+            if field.name in ("task", "attn") and not value:
+                raise UsageError(f"{flag} is needed")
+            if value is None:
+                continue
+            if meta["choices"] and value not in meta["choices"]:
+                raise unknown_name(field.name, str(value), meta["choices"])
+            if meta["check"] is not None and (complaint := meta["check"](value)):
+                raise UsageError(f"{flag} {complaint}, not {value}")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.option)
+
+    def filled(self, blanks: Mapping[str, Any]) -> "RunConfig":
+        """A copy with its blank fields taken from `blanks`."""
+        return dataclasses.replace(self, **{k: v for k, v in blanks.items() if getattr(self, k) is None})
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as plain JSON values."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return values | {"option": self.options, "out": str(self.out), "tune": list(self.tune)}
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that can change a number."""
+        values = self.as_dict()
+        return {f.name: values[f.name] for f in dataclasses.fields(self) if f.metadata["changes_result"]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "RunConfig":
+        """From plain values, as in YAML or a result file. Unknown names are refused."""
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        known: dict[str, Any] = {}
+        for raw, value in values.items():
+            name = raw.replace("-", "_")
+            if name not in fields:
+                raise unknown_name("setting", raw, fields)
+            known[name] = _converted(name, fields[name].metadata["type"], value)
+        return cls(**known)
+
+
+def _converted(name: str, kind: Callable[[str], Any], value: Any) -> Any:
+    """A YAML value as the field's own type."""
+    if value is None:
+        return None
+    if name == "option":
+        return tuple(sorted(value.items())) if isinstance(value, Mapping) else tuple(map(tuple, value))
+    if name == "tune":
+        return tuple(float(v) for v in value) if isinstance(value, list | tuple) else _numbers(str(value))
+    try:
+        return kind(value)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{name} can't be {value!r}: {error}") from error

@@ -1,0 +1,587 @@
+"""Models of transformers and timm, and how to give them another attention.
+
+hhbench writes no Transformer. A host keeps its projections, rotary embeddings, norms and heads; only what happens
+between q, k, v and the output changes. Every hosted layer gets an `AttentionSlot` as a child module, which holds the
+attention:
+
+- transformers calls whatever function is registered under the name in `config._attn_implementation`. Ours finds the
+  slot on the calling module. A layer belongs to us when it makes that call, and a dry run tells which do: no list of
+  architectures is kept.
+- timm's `Attention` becomes a subclass of itself, which keeps `qkv` and `proj` and so loads the same weights.
+
+What can't be hosted is refused by name, with the reason, before anything trains.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from timm.layers import Attention as TimmAttention
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+)
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+from hhbench.attention import ATTENTIONS, Attention, AttentionSpec, MixerShape, SequenceMixer
+from hhbench.data import hash_files, offline
+from hhbench.errors import DataError, HHBenchError, UsageError, unknown_name
+
+DROPOUTS = (  # what transformers' configs call them
+    "attention_probs_dropout_prob", "hidden_dropout_prob", "attention_dropout", "dropout", "attn_pdrop",
+    "embd_pdrop", "resid_pdrop", "classifier_dropout", "seq_classif_dropout",
+)  # fmt: skip
+INTERFACE = "hhbench"
+_PROBE = "hhbench-probe"
+_SLOT = "hhbench_slot"
+
+Interceptor = Callable[["AttentionSlot", Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+class AttentionSlot(nn.Module):
+    """The place in a host's layer that holds its attention.
+
+    Attributes:
+        attention: what the layer runs.
+        interceptor: while set, called instead with (slot, q, k, v, key_mask): attention transfer and the fidelity
+            report watch a layer through it.
+    """
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self.attention = attention
+        self.interceptor: Interceptor | None = None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        if self.interceptor is not None:
+            return self.interceptor(self, q, k, v, key_mask)
+        out: Tensor = self.attention(q, k, v, key_mask=key_mask)
+        return out
+
+
+@dataclass(frozen=True)
+class HostLayer:
+    """An attention layer that a host lets us replace: its name in the model, its module, its shape."""
+
+    name: str
+    module: nn.Module
+    shape: MixerShape
+
+
+def slots(model: nn.Module) -> dict[str, AttentionSlot]:
+    """The slots of a host by layer name, in order of depth."""
+    suffix = f".{_SLOT}"
+    return {n.removesuffix(suffix): m for n, m in model.named_modules() if isinstance(m, AttentionSlot)}
+
+
+def attention_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that the attentions added to the host."""
+    return [p for slot in slots(model).values() for p in slot.attention.parameters()]
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """Positions [B, N] for a decoder: they count attended tokens, so left padding changes nothing."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+
+
+def convert(
+    model: nn.Module, attn: str | AttentionSpec, *, keep_layers: Sequence[int] = (), **options: Any
+) -> nn.Module:
+    """Give every attention layer of a model another attention, in place, and return the model.
+
+    Args:
+        model: a `transformers` model or a `timm` vision transformer.
+        attn: an attention's name, `file.py:Class`, a dotted path, or a spec.
+        keep_layers: these stay as they are, counted from 0 and, below 0, from the last.
+        options: of the attention.
+
+    Raises:
+        UsageError: the model can't host it; the message names the model and the reason.
+    """
+    spec = ATTENTIONS.get(attn) if isinstance(attn, str) else attn
+    if not spec.convertible:
+        raise UsageError(f"{spec.name} replaces a whole block, not what happens between q, k and v: it can't be swapped in")
+    layers = host_layers(model)
+    for index in keep_layers:
+        if not -len(layers) <= index < len(layers):
+            raise UsageError(f"no layer {index} to keep: the model has {len(layers)}, counted from 0")
+    kept = {index % len(layers) for index in keep_layers}
+    softmax = ATTENTIONS.get("softmax")
+    for index, layer in enumerate(layers):
+        chosen, chosen_options = (softmax, {}) if index in kept else (spec, options)
+        attention = chosen.build(layer.shape, **chosen_options)
+        if isinstance(attention, SequenceMixer):
+            raise UsageError(f"{spec.name} is a sequence mixer")
+        weight = next(layer.module.parameters())
+        if not weight.is_floating_point() or weight.element_size() < 2:
+            raise UsageError(f"{layer.name} has quantised weights ({weight.dtype}): load the model unquantised")
+        attention.to(weight.device).train(layer.module.training)
+        _attach(layer.module, attention)
+    if isinstance(model, PreTrainedModel):
+        model.set_attn_implementation(INTERFACE)
+    return model
+
+
+def host_layers(model: nn.Module) -> list[HostLayer]:
+    """The attention layers that hhbench can replace, in order of depth.
+
+    Raises:
+        UsageError: there are none, or one of them does what no attention here can do.
+    """
+    if hosted := slots(model):
+        modules = dict(model.named_modules())
+        return [HostLayer(name, modules[name], slot.attention.shape) for name, slot in hosted.items()]
+    if isinstance(model, PreTrainedModel):
+        return _transformers_layers(model)
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, TimmAttention)]
+    if not found:
+        raise UsageError(
+            f"{type(model).__name__} can't be a host: it is no transformers model and has no timm Attention layer"
+        )
+    return [HostLayer(name, module, _timm_shape(model, name, module)) for name, module in found]
+
+
+def _attach(module: nn.Module, attention: Attention) -> None:
+    module.add_module(_SLOT, AttentionSlot(attention))
+    if isinstance(module, TimmAttention):
+        module.__class__ = _SlottedTimmAttention
+
+
+# ---- transformers ----------------------------------------------------------------------------------------------
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,  # the attention applies its own, read off the host when it was converted
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    output_attentions: bool | None = None,
+    position_ids: Tensor | None = None,
+    use_cache: bool | None = None,
+    **other: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What transformers calls in place of its own attention: q [B, H, N, D] in, [B, N, H, E] out."""
+    _refuse_unknown(module, attention_mask, key, sliding_window, other)
+    slot = getattr(module, _SLOT, None)
+    if slot is None:
+        raise HHBenchError(f"{type(module).__name__} has no hhbench attention: use hhbench.convert or hhbench.load")
+    shape = slot.attention.shape
+    if is_causal is not None and is_causal != shape.causal:
+        raise HHBenchError(f"{type(module).__name__} asks for is_causal={is_causal}; it was converted as {shape.direction}")
+    if scaling is not None and abs(scaling - shape.scale) > 1e-9:
+        raise HHBenchError(f"{type(module).__name__} scales by {scaling} now and by {shape.scale} when it was converted")
+    out = slot(query, key, value, attention_mask)
+    weights = slot.attention.weights(query, key, key_mask=attention_mask) if output_attentions else None
+    return out.transpose(1, 2).contiguous(), weights
+
+
+def _refuse_unknown(
+    module: nn.Module, mask: Tensor | None, key: Tensor, sliding_window: int | None, other: Mapping[str, Any]
+) -> None:
+    """A keyword that changes what attention means must not be dropped in silence."""
+    name = type(module).__name__
+    given = sorted(keyword for keyword, value in other.items() if value is not None)
+    if given:
+        raise UsageError(f"{name} passes {', '.join(given)}, which no attention of hhbench takes")
+    if sliding_window is not None and sliding_window < key.shape[2]:
+        raise UsageError(f"{name} has a sliding window of {sliding_window} tokens, shorter than the {key.shape[2]} in use")
+    if mask is not None and mask.ndim != 2:
+        raise UsageError(f"{name} got a {mask.ndim}-D mask {list(mask.shape)}; hhbench takes padding masks [B, N]")
+
+
+def _padding_mask(
+    *args: Any,
+    attention_mask: Tensor | None = None,
+    mask_function: Callable[..., Any] | None = None,
+    kv_length: int = 0,
+    local_size: int | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """What transformers calls in place of building a 4-D mask: hands the [B, past + N] padding mask through.
+
+    None when nothing is padded, so that the fast paths without a mask are taken.
+    """
+    del args, kwargs
+    plain = mask_function in (causal_mask_function, bidirectional_mask_function, None)
+    if not plain and not (local_size is not None and local_size >= kv_length):
+        what = f"a window of {local_size} tokens" if local_size is not None else "packed sequences or a mask of its own"
+        raise UsageError(f"the model asks for {what}, which hhbench's attentions can't honour")
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    return attention_mask.bool()
+
+
+AttentionInterface.register(INTERFACE, _attend)
+AttentionMaskInterface.register(INTERFACE, _padding_mask)
+
+
+def _transformers_layers(model: PreTrainedModel) -> list[HostLayer]:
+    """Ask the model: run it once on a few tokens under a probe and see which modules call the interface, and how."""
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise UsageError(f"{name} can't be a host: it is an encoder-decoder, and cross-attention has no key mask of its own")
+    names = {module: module_name for module_name, module in model.named_modules()}
+    layers: list[HostLayer] = []
+
+    def probe(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        is_causal: bool | None = None,
+        position_ids: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        **other: Any,
+    ) -> tuple[Tensor, None]:
+        _refuse_unknown(module, attention_mask, key, None, other)
+        D = query.shape[3]
+        config = model.config.get_text_config()
+        max_len = key.shape[2] if _is_vision(model) else int(getattr(config, "max_position_embeddings", 0) or 2**31)
+        shape = MixerShape(
+            dim=int(config.hidden_size),
+            num_heads=query.shape[1],
+            num_kv_heads=key.shape[1],
+            head_dim=D,
+            scale=D**-0.5 if scaling is None else float(scaling),
+            max_len=max_len,
+            causal=bool(getattr(module, "is_causal", False) if is_causal is None else is_causal),
+            dropout=float(dropout),
+        )
+        layers.append(HostLayer(names[module], module, shape))
+        return value.new_zeros(*query.shape[:3], value.shape[3]).transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register(_PROBE, probe)
+    AttentionMaskInterface.register(_PROBE, _padding_mask)
+    before, training = model.config._attn_implementation, model.training
+    try:
+        model.set_attn_implementation(_PROBE)
+        # Training mode shows the dropout that the model passes; the generator is left as it was.
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model.train()(**_few_tokens(model))
+    except UsageError as error:
+        raise UsageError(f"{name} can't be a host: {error}") from error
+    except Exception as error:
+        raise UsageError(
+            f"{name} can't be a host: it doesn't run under transformers' attention interface "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'})"
+        ) from error
+    finally:
+        model.set_attn_implementation(before)
+        model.train(training)
+    if not layers:
+        raise UsageError(f"{name} can't be a host: it computes its attention itself, past transformers' interface")
+    if len({layer.name for layer in layers}) < len(layers):
+        raise UsageError(f"{name} can't be a host: it runs one attention layer several times")
+    return layers
+
+
+def _is_vision(model: PreTrainedModel) -> bool:
+    return bool(model.main_input_name == "pixel_values")
+
+
+def _few_tokens(model: PreTrainedModel) -> dict[str, Tensor]:
+    device = next(model.parameters()).device
+    if not _is_vision(model):
+        return {"input_ids": torch.zeros(1, 4, dtype=torch.long, device=device)}
+    size = model.config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    dtype = next(model.parameters()).dtype
+    return {"pixel_values": torch.zeros(1, model.config.num_channels, height, width, device=device, dtype=dtype)}
+
+
+# ---- timm ------------------------------------------------------------------------------------------------------
+
+
+class _SlottedTimmAttention(TimmAttention):  # type: ignore[misc]  # timm is untyped
+    """timm's Attention with a slot where its softmax was; qkv, norms, gate and proj are timm's."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if attn_mask is not None or is_causal:
+            raise UsageError("hhbench hosts timm's attention without a mask and bidirectional")
+        gate = self.gate(x).sigmoid() if getattr(self, "gate", None) is not None else None
+        B, N = x.shape[:2]
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = self.q_norm(q), self.k_norm(k)
+        x = getattr(self, _SLOT)(q, k, v, None).transpose(1, 2).reshape(B, N, -1)
+        if hasattr(self, "norm"):
+            x = self.norm(x)
+        if gate is not None:
+            x = x * gate
+        return self.proj_drop(self.proj(x))  # type: ignore[no-any-return]
+
+
+def _timm_shape(model: nn.Module, name: str, module: nn.Module) -> MixerShape:
+    if type(module) is not TimmAttention:
+        raise UsageError(f"{type(model).__name__} can't be a host: {name} is a {type(module).__name__}, which does more than softmax")
+    patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
+    if patches is None:
+        raise UsageError(f"{type(model).__name__} can't be a host: it doesn't say how many patches it sees")
+    return MixerShape(
+        dim=module.qkv.in_features,
+        num_heads=module.num_heads,
+        num_kv_heads=module.num_heads,
+        head_dim=module.qkv.out_features // 3 // module.num_heads,
+        scale=float(module.scale),
+        max_len=patches + getattr(model, "num_prefix_tokens", 1),
+        causal=False,
+        dropout=float(module.attn_drop.p),
+    )
+
+
+# ---- building, saving and loading ------------------------------------------------------------------------------
+
+
+def transformers_model(
+    auto: Any, source: str, *, pretrained: bool, dropout: float, **settings: Any
+) -> PreTrainedModel:
+    """A transformers model from a folder or a hub's name: with its weights, or from its config alone.
+
+    Args:
+        auto: the Auto class.
+        source: a folder or a name of the hub.
+        dropout: for every dropout that the config knows.
+        settings: of the config; the model's vocabulary, labels, layers.
+
+    Raises:
+        DataError: the folder or the model can't be had, or has no safetensors weights.
+    """
+    with _clear_errors(source):
+        config = AutoConfig.from_pretrained(source, local_files_only=offline(), **settings)
+        for name in DROPOUTS:
+            if hasattr(config, name):
+                setattr(config, name, dropout)
+        if not pretrained:
+            return auto.from_config(config)  # type: ignore[no-any-return]
+        # Weights come as safetensors or not at all: a pickle may run code.
+        model: PreTrainedModel = auto.from_pretrained(
+            source, config=config, local_files_only=offline(), use_safetensors=True, dtype=torch.float32
+        )
+    return model
+
+
+def gpt2(name: str, *, vocab: int, max_len: int, dropout: float) -> PreTrainedModel:
+    """A GPT-2 with random weights: `gpt2-LAYERSxWIDTHxHEADS`.
+
+    Raises:
+        UsageError: the name isn't of that form, or the heads don't divide the width.
+    """
+    match = re.fullmatch(r"gpt2-(\d+)x(\d+)x(\d+)", name)
+    if match is None:
+        raise UsageError(f"model {name!r} is not gpt2-LAYERSxWIDTHxHEADS, as in gpt2-2x64x2")
+    layers, width, heads = map(int, match.groups())
+    if not layers or not heads or width % heads:
+        raise UsageError(f"model {name!r}: {heads} heads can't share a width of {width}")
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=vocab,
+            n_positions=max_len,
+            n_layer=layers,
+            n_embd=width,
+            n_head=heads,
+            attn_pdrop=dropout,
+            embd_pdrop=dropout,
+            resid_pdrop=0.0,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
+
+
+def timm_model(name: str, *, pretrained: bool, **settings: Any) -> nn.Module:
+    """A timm model by name, with its weights from the hub or without.
+
+    Raises:
+        UsageError: timm has no such model (the nearest name is offered), or it takes no such setting.
+        DataError: its weights can't be had.
+    """
+    import timm
+
+    if name.split(".")[0] not in timm.list_models():
+        raise unknown_name("timm model", name, timm.list_models("*vit*"))
+    recipe = HostRecipe("timm", name, settings)
+    if not pretrained:
+        return recipe.build()
+    with _clear_errors(name):
+        model: nn.Module = timm.create_model(name, pretrained=True, **settings)
+    model.hhbench_recipe = recipe  # type: ignore[assignment]
+    return model
+
+
+def timm_weights_hash(name: str) -> dict[str, str]:
+    """What timm downloads for a name: the hub's repository and file, which timm pins."""
+    import timm
+
+    pretrained = timm.models.get_pretrained_cfg(name)
+    return {name: str(getattr(pretrained, "hf_hub_id", None) or getattr(pretrained, "url", None))}
+
+
+def tokenizer(source: str) -> Any:
+    """The fast tokenizer of a folder or of a hub's name."""
+    with _clear_errors(source):
+        return AutoTokenizer.from_pretrained(source, local_files_only=offline(), use_fast=True)
+
+
+def weights_hash(name: str, source: str) -> dict[str, str]:
+    """The sha256 of the weights in a folder, by the name that the user knows; a hub model's commit."""
+    folder = Path(source)
+    if folder.is_dir():
+        return {name: hash_files(sorted(folder.glob("*.safetensors")))}
+    with _clear_errors(source):
+        commit = AutoConfig.from_pretrained(source, local_files_only=offline())._commit_hash
+    return {name: str(commit)}
+
+
+@contextlib.contextmanager
+def _clear_errors(source: str) -> Iterator[None]:
+    """What the libraries say of a model that isn't there is a page long."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        where = "a folder or a name that the hub's cache has" if offline() else "a folder or a name of the hub"
+        raise DataError(
+            f"model {source!r} can't be loaded; --model takes {where}, with safetensors weights "
+            f"({lines[0] if lines else type(error).__name__})"
+        ) from error
+
+
+@dataclass(frozen=True)
+class HostRecipe:
+    """How to build a host without its weights: what a saved folder must say.
+
+    Attributes:
+        library: "transformers" or "timm".
+        name: the model class of transformers, or the model name of timm.
+        arguments: the config of transformers as a dict, or timm's keyword arguments.
+    """
+
+    library: str
+    name: str
+    arguments: dict[str, Any]
+
+    def build(self) -> nn.Module:
+        """The host with random weights."""
+        if self.library == "timm":
+            import timm
+
+            model: nn.Module = timm.create_model(self.name, pretrained=False, **self.arguments)
+        elif self.library == "transformers":
+            cls = getattr(importlib.import_module("transformers"), self.name, None)
+            if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+                raise UsageError(f"transformers has no model class {self.name!r}")
+            model = cls(cls.config_class.from_dict(self.arguments))
+        else:
+            raise UsageError(f"no host library {self.library!r}; it is transformers or timm")
+        model.hhbench_recipe = self  # type: ignore[assignment]  # a plain attribute, for save()
+        return model
+
+
+def recipe_of(model: nn.Module) -> HostRecipe:
+    """How to build this host again."""
+    recipe = getattr(model, "hhbench_recipe", None)
+    if isinstance(recipe, HostRecipe):
+        return recipe
+    if isinstance(model, PreTrainedModel):
+        arguments = model.config.to_dict()
+        arguments.pop("quantization_config", None)
+        return HostRecipe("transformers", type(model).__name__, json.loads(json.dumps(arguments, default=str)))
+    raise UsageError(f"{type(model).__name__} can't be saved: hhbench didn't build it, so it can't say how to")
+
+
+def save(
+    model: nn.Module, folder: Path, *, attn: str, options: Mapping[str, Any], notes: Mapping[str, Any] | None = None
+) -> None:
+    """Write a hosted model: `model.safetensors`, and `hhbench.json`, which comes last and says that all is there.
+
+    Args:
+        attn: the name of the attention as the user gave it.
+        notes: anything else to keep in the manifest, as plain JSON.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "hhbench.json").unlink(missing_ok=True)
+    weights = folder / "model.safetensors"
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    save_file(state, weights)
+    manifest = {
+        "schema": 1,
+        "host": dataclasses.asdict(recipe_of(model)),
+        "attention": {"name": attn, "options": dict(options), "source_sha256": ATTENTIONS.get(attn).source_hash()},
+        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        **(notes or {}),
+    }
+    aside = folder / "hhbench.json.tmp"
+    aside.write_text(json.dumps(manifest, indent=1))
+    aside.replace(folder / "hhbench.json")
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder that `save` wrote.
+
+    Raises:
+        HHBenchError: there is none, or it can't be read.
+    """
+    path = folder / "hhbench.json"
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise HHBenchError(f"{folder} holds no hhbench model: hhbench.json is missing") from None
+    except (OSError, ValueError) as error:
+        raise HHBenchError(f"{path} can't be read: {error}") from error
+    if found.get("schema") != 1:
+        raise HHBenchError(f"{path} has schema {found.get('schema')!r}; this hhbench reads 1")
+    return found
+
+
+def load(folder: str | Path, *, attn: str | None = None) -> nn.Module:
+    """The model of a folder that a run saved, in evaluation mode.
+
+    Args:
+        folder: holds `hhbench.json` and `model.safetensors` (a run's `model` folder, or a teacher).
+        attn: a user's own attention, which a folder may not name by itself: `file.py:Class`.
+
+    Raises:
+        HHBenchError: the folder is no hhbench model, is damaged, or its weights don't fit.
+    """
+    folder = Path(folder)
+    if not (folder / "hhbench.json").exists() and (folder / "model" / "hhbench.json").exists():
+        folder = folder / "model"
+    found = manifest(folder)
+    weights = folder / "model.safetensors"
+    if not weights.is_file() or hashlib.sha256(weights.read_bytes()).hexdigest() != found["weights_sha256"]:
+        raise HHBenchError(f"{weights} is missing or damaged: its sha256 isn't the manifest's. Make the model again.")
+    model = HostRecipe(**found["host"]).build()
+    spec = ATTENTIONS.get(attn) if attn else ATTENTIONS.get(found["attention"]["name"], allow_code=False)
+    convert(model, spec, **found["attention"]["options"])
+    try:
+        model.load_state_dict(load_file(weights))
+    except (RuntimeError, SafetensorError) as error:
+        raise HHBenchError(f"{weights} doesn't fit the model that its manifest describes: {error}") from error
+    return model.eval()

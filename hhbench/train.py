@@ -1,0 +1,523 @@
+"""Training and testing one stage under Lightning, on one device or many.
+
+Every loss is a sum, divided by the number of examples or tokens on all ranks together, and every rank gets its share
+of the same seeded order: two processes take the step that one would.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
+
+from hhbench.config import RunConfig
+from hhbench.distill import TransferLoss, intercepted
+from hhbench.errors import HHBenchError, UsageError
+from hhbench.hosts import attention_parameters, slots
+from hhbench.progress import Progress
+from hhbench.task import Batch, Example, Split, Task, TaskData
+
+log = logging.getLogger("hhbench")
+
+
+# ---- ranks -----------------------------------------------------------------------------------------------------
+
+
+def world_size() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def barrier() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def summed_over_ranks(value: float, device: torch.device) -> float:
+    """The sum of a number over all ranks, in float64 where the device has it."""
+    if world_size() == 1:
+        return value
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    total = torch.tensor(value, dtype=dtype, device=device)
+    torch.distributed.all_reduce(total)
+    return float(total)
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------
+
+
+class Batches(Sampler[list[int]]):
+    """Batches of like lengths, in an order that is a function of (seed, epoch) alone.
+
+    Every rank makes the same global batches. While training each rank takes its share of every one; while testing
+    the batches are dealt out whole, so that no example is repeated.
+
+    Args:
+        lengths: of the examples, in tokens.
+        batch_size: examples per global batch (train) or per batch (test).
+        seed: None keeps the order by length: testing.
+        divide: the number of equal parts that a rank's share is cut into, for gradient accumulation.
+    """
+
+    POOL = 50  # batches whose examples are sorted by length together
+
+    def __init__(self, lengths: list[int], batch_size: int, *, seed: int | None, divide: int = 1) -> None:
+        self.lengths, self.batch_size, self.seed, self.divide = lengths, batch_size, seed, divide
+        self.epoch = 0
+
+    @property
+    def sampler(self) -> "Batches":
+        """Where Lightning looks for `set_epoch`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def global_batches(self) -> list[list[int]]:
+        indices = sorted(range(len(self.lengths)), key=lambda i: self.lengths[i])
+        if self.seed is None:
+            return [indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        size = self.batch_size * self.POOL
+        batches = []
+        for start in range(0, len(order), size):
+            pool = sorted(order[start : start + size], key=lambda i: self.lengths[i])
+            batches += [pool[i : i + self.batch_size] for i in range(0, len(pool), self.batch_size)]
+        if len(batches) > 1 and len(batches[-1]) < world_size() * self.divide:
+            batches.pop()
+        return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = self.global_batches()
+        if self.seed is None:
+            yield from batches[rank() :: world_size()]
+            return
+        for batch in batches:
+            share = batch[rank() :: world_size()]
+            for part in range(self.divide):
+                yield share[part :: self.divide]
+
+    def __len__(self) -> int:
+        batches = len(self.global_batches())
+        return math.ceil((batches - rank()) / world_size()) if self.seed is None else batches * self.divide
+
+
+def loader(
+    split: Split, data: TaskData, config: RunConfig, *, train: bool, seed: int = 0
+) -> "DataLoader[Example]":
+    """Batches of a split, each with the "index" of its examples."""
+    batches = Batches(
+        list(split.lengths),
+        int(config.batch_size or 1) if train else _test_batch_size(config),
+        seed=seed if train else None,
+        divide=_accumulation(config) if train else 1,
+    )
+
+    def collate(pairs: list[tuple[int, Example]]) -> Batch:
+        batch = data.collate([example for _, example in pairs])
+        return batch | {"index": torch.tensor([index for index, _ in pairs])}
+
+    return DataLoader(
+        _Indexed(split),  # type: ignore[arg-type]
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=config.workers,
+        persistent_workers=config.workers > 0,
+    )
+
+
+class _Indexed(torch.utils.data.Dataset[tuple[int, Example]]):
+    def __init__(self, split: Split) -> None:
+        self.split = split
+
+    def __getitem__(self, index: int) -> tuple[int, Example]:
+        return index, self.split.examples[index]
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+
+def _test_batch_size(config: RunConfig) -> int:
+    return 4 * (config.micro_batch_size or int(config.batch_size or 1))
+
+
+def _accumulation(config: RunConfig) -> int:
+    """Into how many forward passes a rank's share of a batch is cut."""
+    share = int(config.batch_size or 1) // world_size()
+    return math.ceil(share / config.micro_batch_size) if config.micro_batch_size else 1
+
+
+def check_batch_size(config: RunConfig) -> None:
+    """Refuse a batch that the devices can't share evenly."""
+    world = config.devices * config.num_nodes
+    if (config.batch_size or 1) % world:
+        raise UsageError(f"--batch-size {config.batch_size} can't be divided over {world} devices")
+
+
+# ---- the two stages --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How one stage optimises. The learning rate rises over `warmup` of the steps and falls to 0 by a cosine."""
+
+    lr: float
+    epochs: float
+    weight_decay: float
+    warmup: float
+    clip: float
+
+    def factor(self, step: int, total: int) -> float:
+        rising = max(1, round(self.warmup * total))
+        if step < rising:
+            return (step + 1) / rising
+        return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))
+
+
+class _Stage(lightning.LightningModule):
+    """What training and transfer share: the optimizer and its schedule."""
+
+    def __init__(self, model: nn.Module, schedule: Schedule) -> None:
+        super().__init__()
+        self.model, self.schedule = model, schedule
+        self.tokens = 0  # attended tokens that this rank trained on
+
+    def trained(self) -> list[dict[str, Any]]:
+        """Parameter groups."""
+        raise NotImplementedError
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = torch.optim.AdamW(self.trained(), lr=self.schedule.lr)
+        total = int(self.trainer.estimated_stepping_batches)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.factor(step, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class TrainStage(_Stage):
+    """Train every weight of the model on the task's loss, and test it.
+
+    Attributes:
+        metrics: of the last evaluation, by name.
+        scores: per example of the last evaluation, by index.
+    """
+
+    def __init__(self, task: Task, model: nn.Module, data: TaskData, config: RunConfig, schedule: Schedule) -> None:
+        super().__init__(model, schedule)
+        self.task = task
+        self.measures = task.metrics(data, config)
+        self.score_name = task.dataset(str(config.dataset)).score
+        self.metrics: dict[str, float] = {}
+        self.scores: dict[int, float] = {}
+
+    def trained(self) -> list[dict[str, Any]]:
+        maps = {id(p) for p in attention_parameters(self.model)}
+        decayed, free = [], []
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                (free if parameter.ndim < 2 or id(parameter) in maps else decayed).append(parameter)
+        return [{"params": decayed, "weight_decay": self.schedule.weight_decay}, {"params": free, "weight_decay": 0.0}]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        out = self.task.step(self.model, batch)
+        self.tokens += attended_tokens(batch)
+        everywhere = summed_over_ranks(out.count, self.device)
+        loss = out.loss * (world_size() / everywhere)  # DDP divides the gradients' sum by the world size
+        if not torch.isfinite(loss):
+            raise HHBenchError(f"the loss is {float(loss)} at step {self.global_step}: try a lower --lr or precision 32-true")
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        return loss
+
+    def _start(self) -> None:
+        self.measures.reset()
+        self.scores = {}
+
+    def _evaluate(self, batch: Batch) -> None:
+        out = self.task.step(self.model, batch)
+        self.measures.update(*out.metric_inputs)
+        self.scores.update(zip(batch["index"].tolist(), out.scores.tolist(), strict=True))
+
+    def _finish(self, stage: str) -> None:
+        self.metrics = {name: float(value) for name, value in self.measures.compute().items()}
+        for name, value in self.metrics.items():
+            self.log(f"{stage}/{name}", value, rank_zero_only=False, sync_dist=False)
+
+    on_validation_epoch_start = _start
+    on_test_epoch_start = _start
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self._finish("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._finish("test")
+
+
+class TransferStage(_Stage):
+    """Train the maps of every layer to mimic softmax; nothing else changes.
+
+    The layers' backward passes run inside the forward pass, which DDP's reducer can't see: gradients are averaged
+    over ranks here.
+    """
+
+    automatic_optimization = False
+
+    def __init__(self, model: nn.Module, schedule: Schedule) -> None:
+        super().__init__(model, schedule)
+        self.losses = {name: TransferLoss() for name in slots(model)}
+
+    def trained(self) -> list[dict[str, Any]]:
+        return [{"params": attention_parameters(self.model), "weight_decay": 0.0}]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        self.model.eval()  # nothing is dropped out: each layer mimics the softmax that will be used
+        optimizer.zero_grad()  # type: ignore[union-attr]
+        queries = attended_tokens(batch)
+        self.tokens += queries
+        weight = world_size() / (len(self.losses) * summed_over_ranks(queries, self.device))
+        for loss in self.losses.values():
+            loss.weight = weight
+        with torch.no_grad(), intercepted(self.model, dict(self.losses)):
+            encode(self.model, batch["inputs"])
+        parameters = attention_parameters(self.model)
+        if world_size() > 1:
+            for parameter in parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                torch.distributed.all_reduce(parameter.grad)
+                parameter.grad /= world_size()
+        if self.schedule.clip:
+            torch.nn.utils.clip_grad_norm_(parameters, self.schedule.clip)
+        optimizer.step()  # type: ignore[union-attr]
+        scheduler.step()  # type: ignore[union-attr]
+        total = torch.stack([loss.total for loss in self.losses.values()]).mean() / queries
+        self.log("transfer/loss", total, prog_bar=True)
+
+
+def encode(model: nn.Module, inputs: Batch) -> None:
+    """Run a host up to its last hidden state, without its head: transfer needs no logits."""
+    if hasattr(model, "forward_features"):
+        model.forward_features(**inputs)  # type: ignore[operator]
+    else:
+        getattr(model, "base_model", model)(**inputs)
+
+
+def attended_tokens(batch: Batch) -> int:
+    """Attended tokens of a batch; an image's are its patches, which the task counts."""
+    return int(batch["num_tokens"])
+
+
+# ---- running a stage -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What a stage cost, and how good its best epoch was.
+
+    Attributes:
+        seconds: of training, evaluation apart.
+        tokens: attended tokens trained on, over all ranks.
+        steps: optimizer steps.
+        validation: the score of the epoch that was kept; None without a validation split.
+    """
+
+    seconds: float
+    tokens: int
+    steps: int
+    validation: float | None
+
+
+class _Clock(Callback):
+    """Training time without evaluation."""
+
+    def __init__(self) -> None:
+        self.seconds, self._since = 0.0, 0.0
+
+    def on_train_start(self, *args: Any) -> None:
+        self._since = time.perf_counter()
+
+    def on_validation_start(self, *args: Any) -> None:
+        self.seconds += time.perf_counter() - self._since
+
+    def on_validation_end(self, *args: Any) -> None:
+        self._since = time.perf_counter()
+
+    def on_train_end(self, *args: Any) -> None:
+        self.seconds += time.perf_counter() - self._since
+
+
+class _SaveOnInterrupt(Callback):
+    """Ctrl-C keeps what was learned so far."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_exception(self, trainer: lightning.Trainer, module: lightning.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, KeyboardInterrupt) and trainer.global_step:
+            trainer.save_checkpoint(self.path)
+
+
+def fit(
+    stage: TrainStage | TransferStage,
+    train: "DataLoader[Example]",
+    validation: "DataLoader[Example] | None",
+    config: RunConfig,
+    *,
+    folder: Path,
+    title: str,
+    higher_is_better: bool = True,
+) -> StageReport:
+    """Train one stage; with a validation loader, the model ends with the weights of its best epoch.
+
+    Args:
+        folder: for checkpoints and curves. An interrupted stage leaves `last.ckpt` there, from which
+            `config.resume` goes on.
+        title: what the progress bar says.
+    """
+    batches_per_step = _accumulation(config) if isinstance(stage, TrainStage) else 1
+    steps = math.ceil(stage.schedule.epochs * len(train) / batches_per_step)
+    if steps == 0:
+        return StageReport(0.0, 0, 0, None)
+    # One validation per begun epoch, the last one at the very end.
+    validations = math.ceil(stage.schedule.epochs)
+    steps = validations * math.ceil(steps / validations)
+    last = folder / "last.ckpt"
+    clock = _Clock()
+    callbacks: list[Callback] = [Progress(title, steps), clock, _SaveOnInterrupt(last)]
+    best = None
+    if validation is not None:
+        assert isinstance(stage, TrainStage)
+        best = ModelCheckpoint(
+            dirpath=folder,
+            filename="best",
+            monitor=f"val/{stage.score_name}",
+            mode="max" if higher_is_better else "min",
+            save_weights_only=True,
+            save_on_train_epoch_end=False,
+        )
+        callbacks.append(best)
+    with _quiet():
+        trainer = _trainer(
+            config,
+            max_steps=steps,
+            check_val_every_n_epoch=None,
+            val_check_interval=steps // validations * batches_per_step,
+            limit_val_batches=1.0 if validation is not None else 0,
+            accumulate_grad_batches=batches_per_step,
+            gradient_clip_val=stage.schedule.clip or None if isinstance(stage, TrainStage) else None,
+            callbacks=callbacks,
+            logger=_logger(config, folder),
+            enable_checkpointing=True,
+            log_every_n_steps=max(1, min(50, steps // 10)),
+        )
+        resume = str(last) if config.resume and last.exists() else None
+        if resume:
+            log.info("continuing %s from %s", title, last)
+        with _interruptible():
+            trainer.fit(stage, train, validation, ckpt_path=resume, weights_only=True)
+    if best is not None and best.best_model_path:
+        state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
+        stage.load_state_dict(state)
+    barrier()
+    if rank() == 0:
+        for path in folder.glob("*.ckpt"):
+            path.unlink()
+    tokens = int(summed_over_ranks(stage.tokens, torch.device("cpu") if not torch.cuda.is_available() else stage.device))
+    score = None if best is None or best.best_model_score is None else float(best.best_model_score)
+    return StageReport(clock.seconds, tokens, steps, score)
+
+
+def evaluate(stage: TrainStage, batches: "DataLoader[Example]", config: RunConfig, *, title: str) -> tuple[dict[str, float], dict[int, float]]:
+    """Metrics by name, and the score of each example by its index, over all ranks."""
+    with _quiet(), _interruptible():
+        trainer = _trainer(config, callbacks=[Progress(title, len(batches))], logger=False, enable_checkpointing=False)
+        trainer.test(stage, batches, verbose=False)
+    scores = stage.scores
+    if world_size() > 1:
+        parts: list[dict[int, float]] = [{} for _ in range(world_size())]
+        torch.distributed.all_gather_object(parts, scores)
+        scores = {index: score for part in parts for index, score in part.items()}
+    return stage.metrics, scores
+
+
+def _trainer(config: RunConfig, **arguments: Any) -> lightning.Trainer:
+    parallel = config.devices * config.num_nodes > 1
+    strategy: Any = "auto"
+    if parallel:
+        # Buffers are seeded alike on every rank; ranks may test unequal numbers of batches, which a broadcast would
+        # wait for.
+        strategy = DDPStrategy(
+            broadcast_buffers=False, process_group_backend="gloo" if config.accelerator == "cpu" else None
+        )
+    return lightning.Trainer(
+        accelerator=config.accelerator,
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        strategy=strategy,
+        precision=config.precision,  # type: ignore[arg-type]
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **arguments,
+    )
+
+
+def _logger(config: RunConfig, folder: Path) -> Logger | bool:
+    if config.logger == "none":
+        return False
+    if config.logger == "csv":
+        return CSVLogger(folder, name=None, version="curves")
+    if config.logger == "tensorboard":
+        return TensorBoardLogger(folder, name=None, version="curves")
+    return WandbLogger(project="hhbench", save_dir=folder, name=folder.parent.name)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Lightning's hints for developers away from a user's terminal."""
+    names = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
+    before = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        warnings.filterwarnings("ignore", module="torch.utils.data")
+        try:
+            yield
+        finally:
+            for name, level in before.items():
+                logging.getLogger(name).setLevel(level)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Lightning turns Ctrl-C into an exit; the command line wants to say how to go on."""
+    try:
+        yield
+    except SystemExit as error:
+        raise KeyboardInterrupt from error

@@ -1,0 +1,69 @@
+"""Softmax: torch's own, with the scale of the shape."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from hhbench.attention import build_attention
+
+
+@pytest.fixture(params=[True, False], ids=["causal", "bidirectional"])
+def shape(request, make_shape):
+    return make_shape(num_heads=4, num_kv_heads=2, scale=0.3, causal=request.param)
+
+
+@pytest.fixture
+def inputs():
+    return [torch.randn(2, heads, 6, width, dtype=torch.float64) for heads, width in ((4, 4), (2, 4), (2, 3))]
+
+
+def test_it_is_torch_s_attention(shape, inputs):
+    expected = scaled_dot_product_attention(*inputs, is_causal=shape.causal, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(build_attention("softmax", shape)(*inputs), expected, atol=1e-12, rtol=0)
+
+
+def test_it_is_torch_s_attention_under_a_mask(shape, inputs):
+    key_mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 0, 1, 1, 1, 0]], dtype=torch.bool)
+    visible = key_mask[:, None, None].expand(2, 1, 6, 6)
+    visible = visible.tril() if shape.causal else visible
+    expected = scaled_dot_product_attention(*inputs, attn_mask=visible, scale=0.3, enable_gqa=True)
+    found = build_attention("softmax", shape)(*inputs, key_mask=key_mask)
+    attended = key_mask[:, None, :, None].expand_as(found)
+    torch.testing.assert_close(found[attended], expected[attended], atol=1e-12, rtol=0)
+
+
+def test_the_scale_is_the_shape_s(shape, inputs):
+    q, k, v = inputs
+    found = build_attention("softmax", dataclasses.replace(shape, scale=0.6))(q, k, v)
+    torch.testing.assert_close(found, build_attention("softmax", shape)(2 * q, k, v), atol=1e-12, rtol=0)
+    assert (found - build_attention("softmax", shape)(q, k, v)).abs().max() > 0.01
+
+
+def test_weights_by_hand(make_shape):
+    """Scores log 1, log 2 and log 3 weigh 1/6, 2/6 and 3/6."""
+    shape = make_shape(num_heads=1, head_dim=1, scale=1.0, causal=False)
+    q, k = torch.ones(1, 1, 3, 1), torch.tensor([1.0, 2.0, 3.0]).log().view(1, 1, 3, 1)
+    found = build_attention("softmax", shape).weights(q, k)
+    torch.testing.assert_close(found, (torch.tensor([1.0, 2.0, 3.0]) / 6).expand(1, 1, 3, 3))
+
+
+def test_dropout_is_of_training_only(make_shape):
+    module = build_attention("softmax", make_shape(dropout=0.5))
+    x = torch.randn(1, 2, 6, 4)
+    plain = build_attention("softmax", make_shape())(x, x, x)
+    assert not torch.allclose(module(x, x, x), plain)
+    assert torch.equal(module.eval()(x, x, x), plain)
+
+
+def test_decoding_keeps_keys_and_values_of_every_token(make_shape):
+    module = build_attention("softmax", make_shape(num_heads=4, num_kv_heads=2))
+    assert module.state_bytes(10) == 10 * 2 * (4 + 4) * 4
+    assert build_attention("softmax", make_shape(causal=False)).state_bytes(10) is None
+
+
+def test_before_anything_is_replaced_it_is_itself(likeness):
+    found = likeness("softmax")
+    assert found.entropy == pytest.approx(4.806, abs=0.02)
+    assert (found.kl, found.spearman) == pytest.approx((0, 1), abs=1e-12)

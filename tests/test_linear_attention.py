@@ -1,0 +1,476 @@
+"""One sum in three forms, equal to each other and to the definition; gradients and O(N) memory too."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from hhbench.attention import FeatureMap, MixerShape
+from hhbench.errors import UsageError
+from hhbench.linear_attention import CHUNK, FLOOR, LinearAttention, LinearState
+
+# --- maps that exercise what the sum does with them ---
+
+
+class Relu(FeatureMap):
+    """No parameters; whole rows may be zero."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu()
+
+
+class Plain(FeatureMap):
+    """Positive features of a learned projection, keys of scale 1."""
+
+    def __init__(self, shape: MixerShape) -> None:
+        super().__init__(shape)
+        self.feature_dim = 5
+        self.weight = nn.Parameter(torch.randn(shape.num_heads, shape.head_dim, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.softplus(x @ self.weight.to(x.dtype))
+
+
+class Scaled(Plain):
+    """The same features, of keys with a learned log scale that gets a gradient too."""
+
+    steepness = 4.0
+
+    def __init__(self, shape: MixerShape) -> None:
+        super().__init__(shape)
+        self.direction = nn.Parameter(torch.randn(shape.num_heads, shape.head_dim, 1))
+
+    def log_scale(self, k: Tensor) -> Tensor:
+        return self.steepness * (k @ self.direction.to(k.dtype)).squeeze(-1)
+
+    def map_keys(self, k, *, positions, key_mask):
+        return self(k), self.log_scale(k)
+
+
+class Multiplied(Scaled):
+    """`Scaled` with the scale multiplied into the features, as the definition has it."""
+
+    def map_keys(self, k, *, positions, key_mask):
+        return self(k) * self.log_scale(k).exp()[..., None], None
+
+
+class Exponential(FeatureMap):
+    """exp(x), the largest feature of a key taken out as its log scale."""
+
+    def map_queries(self, q, *, positions):
+        return (q - q.amax(-1, keepdim=True)).exp()
+
+    def map_keys(self, k, *, positions, key_mask):
+        top = k.amax(-1)
+        return (k - top[..., None]).exp(), top
+
+
+class Positioned(Plain):
+    """Features that depend on where the token stands."""
+
+    def map_queries(self, q, *, positions):
+        return self(q + 0.1 * positions[:, None, :, None].sin())
+
+    def map_keys(self, k, *, positions, key_mask):
+        return self(k + 0.1 * positions[:, None, :, None].sin()), None
+
+
+class Growing(FeatureMap):
+    """Ones, with log scales that the first feature of a key dictates."""
+
+    def map_queries(self, q, *, positions):
+        return torch.ones_like(q)
+
+    def map_keys(self, k, *, positions, key_mask):
+        return torch.ones_like(k), k[..., 0]
+
+
+def definition(module: LinearAttention, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+    """The sum as the first line of the module states it: true features, one pair at a time, no maximum."""
+    group = module.shape.num_heads // module.shape.num_kv_heads
+    B, M = k.shape[0], k.shape[2]
+    positions = torch.arange(M).expand(B, M) if key_mask is None else (key_mask.cumsum(-1) - 1).clamp_min(0)
+    if not module.share_kv_heads:
+        k = k.repeat_interleave(group, 1)
+    features, log_scale = module.key_map.map_keys(k, positions=positions, key_mask=key_mask)
+    queries = module.query_map.map_queries(q, positions=positions[:, M - q.shape[2] :])
+    scale = 1 if log_scale is None else (log_scale - log_scale.amax(-1, keepdim=True)).exp()[..., None]
+    features = features.clamp_min(FLOOR) * scale
+    if module.share_kv_heads:
+        features = features.repeat_interleave(group, 1)
+    pairs = torch.einsum("bhnf,bhmf->bhnm", queries.clamp_min(FLOOR), features)
+    if module.shape.causal:
+        pairs = pairs.tril(M - q.shape[2])
+    if key_mask is not None:
+        pairs = pairs * key_mask[:, None, None, :]
+    total = pairs.sum(-1, keepdim=True)
+    return pairs @ v.repeat_interleave(group, 1) / total.where(total > 0, 1.0)
+
+
+# --- three forms ---
+
+LENGTHS = st.one_of(
+    st.integers(1, 300), st.sampled_from([1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 1])
+)
+MASKS = ["none", "random", "left", "right", "one row masked"]
+
+
+def mask_of(kind: str, B: int, N: int) -> Tensor | None:
+    if kind == "none":
+        return None
+    pad = torch.randint(0, N + 1, (B, 1))
+    if kind == "left":
+        return torch.arange(N) >= pad
+    if kind == "right":
+        return torch.arange(N) < N - pad
+    key_mask = torch.rand(B, N) < 0.7
+    if kind == "one row masked":
+        key_mask[0] = False
+    return key_mask
+
+
+class Setting:
+    """A module, inputs and a mask, drawn from a seed."""
+
+    def __init__(
+        self, make_map, seed: int, *, B, G, group, N, D, E, mask="none", causal=True, **options
+    ) -> None:
+        torch.manual_seed(seed)
+        H = G * group
+        shape = MixerShape(
+            dim=H * D, num_heads=H, num_kv_heads=G, head_dim=D, scale=1.0, max_len=512, causal=causal
+        )
+        self.module = LinearAttention(shape, make_map, **options).double()
+        self.inputs = [
+            torch.randn(B, heads, N, width, dtype=torch.float64, requires_grad=True)
+            for heads, width in ((H, D), (G, D), (G, E))
+        ]
+        self.key_mask = mask_of(mask, B, N)
+        self.cotangent = torch.randn(B, H, N, E, dtype=torch.float64)
+        self.leaves = self.inputs + list(self.module.parameters())
+
+    def grads(self, out: Tensor) -> list[Tensor]:
+        """Of inputs and parameters. A query map doesn't use what is for keys only: zeros."""
+        found = torch.autograd.grad(
+            (out * self.cotangent).sum(), self.leaves, retain_graph=True, allow_unused=True
+        )
+        return [torch.zeros_like(x) if g is None else g for x, g in zip(self.leaves, found, strict=True)]
+
+    def assert_equal(self, out: Tensor, expected: Tensor) -> None:
+        """Outputs and gradients at attended tokens."""
+        if self.key_mask is not None:
+            padded = ~self.key_mask[:, None, :, None]
+            out, expected = out.masked_fill(padded, 0.0), expected.masked_fill(padded, 0.0)
+        torch.testing.assert_close(out, expected, atol=1e-10, rtol=1e-10)
+        torch.testing.assert_close(self.grads(out), self.grads(expected), atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("share_kv_heads", [False, True], ids=["", "shared"])
+@pytest.mark.parametrize("make_map", [Plain, Scaled, Positioned])
+@given(
+    seed=st.integers(0, 10**6),
+    B=st.integers(1, 3),
+    G=st.integers(1, 2),
+    group=st.integers(1, 2),
+    N=LENGTHS,
+    D=st.integers(1, 4),
+    E=st.integers(1, 5),
+    mask=st.sampled_from(MASKS),
+)
+@example(seed=0, B=2, G=1, group=2, N=CHUNK, D=3, E=2, mask="none")
+@example(seed=0, B=2, G=1, group=2, N=CHUNK + 1, D=3, E=2, mask="left")
+@example(seed=1, B=2, G=2, group=2, N=300, D=3, E=2, mask="one row masked")
+@settings(max_examples=25)
+def test_three_forms_are_the_definition(make_map, share_kv_heads, seed, B, G, group, N, D, E, mask):
+    drawn = Setting(
+        make_map, seed, B=B, G=G, group=group, N=N, D=D, E=E, mask=mask, share_kv_heads=share_kv_heads
+    )
+    expected = definition(drawn.module, *drawn.inputs, drawn.key_mask)
+    for form in ("quadratic", "chunked", "recurrent"):
+        out = drawn.module(*drawn.inputs, key_mask=drawn.key_mask, form=form)
+        drawn.assert_equal(out, expected)
+    weights = drawn.module.weights(*drawn.inputs[:2], key_mask=drawn.key_mask)
+    v = drawn.inputs[2].repeat_interleave(group, 1)
+    torch.testing.assert_close(weights @ v, out, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("make_map", [Plain, Scaled])
+@given(seed=st.integers(0, 10**6), N=st.integers(1, 200), mask=st.sampled_from(MASKS))
+@settings(max_examples=15)
+def test_both_bidirectional_forms_are_the_definition(make_map, seed, N, mask):
+    drawn = Setting(make_map, seed, B=2, G=2, group=2, N=N, D=3, E=2, mask=mask, causal=False)
+    expected = definition(drawn.module, *drawn.inputs, drawn.key_mask)
+    for form in ("auto", "quadratic", "chunked"):
+        drawn.assert_equal(drawn.module(*drawn.inputs, key_mask=drawn.key_mask, form=form), expected)
+
+
+@given(seed=st.integers(0, 10**6), N=LENGTHS, mask=st.sampled_from(MASKS), tie_qk=st.booleans())
+@settings(max_examples=20)
+def test_a_log_scale_is_a_factor_of_the_feature(seed, N, mask, tie_qk):
+    size = {"B": 2, "G": 1, "group": 2, "N": N, "D": 3, "E": 2, "mask": mask, "tie_qk": tie_qk}
+    scaled, multiplied = Setting(Scaled, seed, **size), Setting(Multiplied, seed, **size)
+    for form in ("quadratic", "chunked"):
+        out = scaled.module(*scaled.inputs, key_mask=scaled.key_mask, form=form)
+        expected = multiplied.module(*multiplied.inputs, key_mask=multiplied.key_mask, form="quadratic")
+        torch.testing.assert_close(out, expected, atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(scaled.grads(out), multiplied.grads(expected), atol=1e-8, rtol=1e-8)
+
+
+# --- states: prompts in pieces, and decoding ---
+
+
+@pytest.mark.parametrize("share_kv_heads", [False, True], ids=["", "shared"])
+@pytest.mark.parametrize("make_map", [Scaled, Positioned])
+@given(
+    seed=st.integers(0, 10**6),
+    pieces=st.lists(st.one_of(st.integers(1, 20), st.integers(100, 150)), min_size=1, max_size=4),
+    mask=st.sampled_from(MASKS),
+    form=st.sampled_from(["auto", "quadratic", "chunked", "recurrent"]),
+)
+@settings(max_examples=12)
+def test_a_prompt_in_pieces_is_the_whole(make_map, share_kv_heads, seed, pieces, mask, form):
+    drawn = Setting(
+        make_map,
+        seed,
+        B=2,
+        G=2,
+        group=2,
+        N=sum(pieces),
+        D=3,
+        E=2,
+        mask=mask,
+        share_kv_heads=share_kv_heads,
+    )
+    whole, last = drawn.module(*drawn.inputs, key_mask=drawn.key_mask, return_state=True)
+    state, outputs = None, []
+    for parts in zip(*(x.split(pieces, 2) for x in drawn.inputs), strict=True):
+        start = sum(o.shape[2] for o in outputs)
+        key_mask = None if drawn.key_mask is None else drawn.key_mask[:, start : start + parts[0].shape[2]]
+        out, state = drawn.module(*parts, key_mask=key_mask, state=state, return_state=True, form=form)
+        outputs.append(out)
+    drawn.assert_equal(torch.cat(outputs, 2), whole)
+    for name in ("values", "keys", "log_max", "num_attended"):
+        torch.testing.assert_close(getattr(state, name), getattr(last, name), atol=1e-10, rtol=1e-10)
+    attended = torch.full((2,), sum(pieces)) if drawn.key_mask is None else drawn.key_mask.sum(-1)
+    assert torch.equal(state.num_attended, attended)
+
+
+@pytest.mark.parametrize("make_map", [Scaled, Positioned])
+def test_fewer_queries_than_keys_continue_a_state(make_map):
+    """A piece whose first keys have no queries: what a cache of tokens hands over."""
+    drawn = Setting(make_map, 0, B=2, G=1, group=2, N=20, D=3, E=2)
+    q, k, v = drawn.inputs
+    whole = drawn.module(q, k, v)
+    _, state = drawn.module(q[:, :, :8], k[:, :, :8], v[:, :, :8], return_state=True)
+    for form in ("auto", "quadratic", "chunked", "recurrent"):
+        out, _ = drawn.module(
+            q[:, :, 15:], k[:, :, 8:], v[:, :, 8:], state=state, return_state=True, form=form
+        )
+        torch.testing.assert_close(out, whole[:, :, 15:], atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("share_kv_heads", [False, True], ids=["", "shared"])
+@pytest.mark.parametrize("make_map", [Plain, Exponential])
+def test_a_state_keeps_its_size_and_says_it(make_map, share_kv_heads, make_shape):
+    module = LinearAttention(
+        make_shape(num_heads=4, num_kv_heads=2), make_map, share_kv_heads=share_kv_heads
+    ).eval()
+    state = None
+    for n in range(1, 2 * CHUNK, 17):
+        q, k = torch.randn(3, 4, 17, 4), torch.randn(3, 2, 17, 4)
+        _, state = module(q, k, k, state=state, return_state=True)
+        assert state.nbytes == module.state_bytes(n, batch_size=3) == module.state_bytes(1, batch_size=3)
+    assert state.values.shape[1] == (2 if share_kv_heads else 4)
+
+
+@pytest.mark.parametrize("make_map", [Plain, Exponential])
+@pytest.mark.parametrize(
+    "dtype,sums",
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_sums_are_float32_or_wider(make_map, dtype, sums, make_shape):
+    module = LinearAttention(make_shape(), make_map)
+    x = torch.randn(1, 2, 5, 4, dtype=dtype)
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out, state = module(x, x, x, return_state=True)
+            _, state = module(x[:, :, :1], x[:, :, :1], x[:, :, :1], state=state, return_state=True)
+        assert out.dtype == dtype
+        assert (state.values.dtype, state.keys.dtype, state.log_max.dtype) == (sums, sums, sums)
+
+
+def test_a_running_sum_of_bfloat16_inputs_keeps_growing(make_shape):
+    """In bfloat16, 256 + 1 is 256."""
+    module = LinearAttention(make_shape(num_heads=1, head_dim=1), Relu)
+    x = torch.ones(1, 1, 1, 1, dtype=torch.bfloat16)
+    state: LinearState | None = None
+    for _ in range(300):
+        _, state = module(x, x, x, state=state, return_state=True)
+    assert state.keys.item() == state.values.item() == 300
+
+
+def test_a_bidirectional_attention_has_no_state(make_shape):
+    module = LinearAttention(make_shape(causal=False), Plain)
+    causal = LinearAttention(make_shape(), Plain)
+    x = torch.randn(1, 2, 5, 4)
+    _, state = causal(x, x, x, return_state=True)
+    for keywords in ({"return_state": True}, {"state": state}):
+        with pytest.raises(UsageError, match="bidirectional attention has no state"):
+            module(x, x, x, **keywords)
+    with pytest.raises(UsageError, match="no recurrent form"):
+        module(x, x, x, form="recurrent")
+    assert module.state_bytes(10) is None
+
+
+def test_an_unknown_form_is_answered_with_the_nearest(make_shape):
+    x = torch.randn(1, 2, 5, 4)
+    for causal in (True, False):
+        with pytest.raises(UsageError, match="no form named 'chunk'"):
+            LinearAttention(make_shape(causal=causal), Plain)(x, x, x, form="chunk")
+
+
+# --- scales that float32 can't hold ---
+
+
+@pytest.mark.parametrize("form", ["quadratic", "chunked", "recurrent"])
+@pytest.mark.parametrize("size", [1, 50])
+def test_big_exponential_keys_agree_with_float64(form, size, make_shape):
+    """exp(50 x) overflows float32 at x = 1.8. Only the rounding of 50 x, about 1e-5, is lost."""
+    module = LinearAttention(make_shape(head_dim=8), Exponential)
+    q, k, v = torch.randn(3, 2, 2, 200, 8)
+    out = module(q, size * k, v, form=form)
+    assert out.isfinite().all()
+    expected = module(q.double(), size * k.double(), v.double(), form="quadratic")
+    torch.testing.assert_close(out.double(), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("form", ["quadratic", "chunked", "recurrent"])
+@pytest.mark.parametrize("step", [40.0, -40.0, 0.01], ids=["growing", "shrinking", "slowly"])
+def test_the_running_maximum_follows_the_scales(form, step, make_shape):
+    """Log scales that run over thousands: each query weighs its past by softmax of the scales."""
+    N = 300
+    module = LinearAttention(make_shape(num_heads=1), Growing)
+    k = torch.zeros(1, 1, N, 4)
+    k[..., 0] = step * torch.arange(N)
+    v = torch.randn(1, 1, N, 3)
+    out, state = module(k, k, v, return_state=True, form=form)
+    hidden = torch.ones(N, N, dtype=torch.bool).triu(1)
+    weights = k[0, 0, :, 0].double().expand(N, N).masked_fill(hidden, -math.inf).softmax(-1)
+    torch.testing.assert_close(out[0, 0].double(), weights @ v[0, 0].double(), atol=1e-5, rtol=0)
+    assert state.log_max.item() == k[..., 0].max()
+
+
+def test_a_padded_key_s_scale_is_never_looked_at(make_shape):
+    module = LinearAttention(make_shape(num_heads=1), Growing)
+    k, v = torch.zeros(1, 1, 6, 4), torch.randn(1, 1, 6, 3)
+    k[:, :, ::2, 0] = 1e4
+    key_mask = torch.arange(6)[None] % 2 == 1
+    for form in ("quadratic", "chunked", "recurrent"):
+        out, state = module(k, k, v, key_mask=key_mask, return_state=True, form=form)
+        torch.testing.assert_close(out[0, 0, 5], v[0, 0, 1::2].mean(0))
+        assert state.log_max.item() == 0
+
+
+# --- memory ---
+
+
+def saved_bytes(module: LinearAttention, N: int, form: str) -> int:
+    """What the backward pass keeps: the bytes of all distinct storages that autograd saved."""
+    storages = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    q, k, v = (torch.randn(1, 1, N, 8, requires_grad=True) for _ in range(3))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = module(q, k, v, form=form)
+    assert out.requires_grad  # the graph lives here, so that no storage was freed and counted twice
+    return sum(storages.values())
+
+
+FORMS = ("auto", "chunked", "quadratic")
+
+
+@pytest.mark.parametrize("make_map", [Plain, Scaled, Exponential])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+def test_memory_is_linear_but_for_the_quadratic_form(make_map, causal, make_shape):
+    module = LinearAttention(make_shape(num_heads=1, head_dim=8, causal=causal), make_map)
+    growth = {form: saved_bytes(module, 2048, form) / saved_bytes(module, 1024, form) for form in FORMS}
+    assert growth["auto"] <= 2.2
+    assert growth["chunked"] <= 2.2
+    assert growth["quadratic"] >= 3.5
+
+
+# --- the floor ---
+
+
+@pytest.mark.parametrize("form", ["quadratic", "chunked", "recurrent"])
+def test_dead_features_attend_evenly(form, make_shape):
+    module = LinearAttention(make_shape(), Relu).eval()
+    dead, v = -torch.rand(2, 2, 150, 4), torch.randn(2, 2, 150, 3)
+    out = module(dead, dead, v, form=form)
+    mean = v.cumsum(2) / torch.arange(1, 151)[:, None]
+    torch.testing.assert_close(out, mean, atol=1e-5, rtol=0)
+    assert module.floored_rows == 2 * dead.shape[:3].numel()
+
+
+def test_one_dead_query_attends_evenly_over_equal_keys(make_shape):
+    module = LinearAttention(make_shape(causal=False), Relu)
+    q, v = torch.rand(1, 2, 5, 4), torch.randn(1, 2, 5, 3)
+    q[:, :, 2] = -1
+    weights = module.weights(q, torch.ones(1, 2, 5, 4))
+    torch.testing.assert_close(weights, torch.full_like(weights, 0.2))
+    assert module(q, q, v).isfinite().all()
+
+
+def test_floored_rows_are_the_planted_ones(make_shape):
+    module = LinearAttention(make_shape(num_heads=4, num_kv_heads=2), Relu)
+    q, k = 0.1 + torch.rand(2, 4, 9, 4), 0.1 + torch.rand(2, 2, 9, 4)
+    q[0, 1, 3] = q[1, 2, 8] = q[0, 0, 0] = -1  # three queries, the last one padded
+    k[0, 0, 5] = k[1, 1, 1] = k[0, 1, 0] = -1  # three keys, the last one padded, each seen by two query heads
+    q[0, 3, 4, 1:] = k[0, 1, 4, 1:] = -1  # one feature left: not floored
+    key_mask = torch.ones(2, 9, dtype=torch.bool)
+    key_mask[0, 0] = False
+    module(q, k, k, key_mask=key_mask)
+    assert module.floored_rows == 0, "counted in evaluation mode only"
+    module.eval()(q, k, k, key_mask=key_mask)
+    assert module.floored_rows == 2 + 2 * 2
+    module(q, k, k)
+    assert module.floored_rows == (2 + 2 * 2) + (3 + 3 * 2)
+    module.floored_rows.zero_()
+    module(q[:, :, 8:], k, k, key_mask=key_mask)
+    assert module.floored_rows == 1 + 2 * 2
+    assert "floored_rows" not in module.state_dict()
+
+
+def test_floored_rows_of_a_shared_key_map_count_once(make_shape):
+    module = LinearAttention(make_shape(num_heads=4, num_kv_heads=2), Relu, share_kv_heads=True).eval()
+    q, k = 0.1 + torch.rand(1, 4, 5, 4), 0.1 + torch.rand(1, 2, 5, 4)
+    k[0, 1, 2] = -1
+    module(q, k, k)
+    assert module.floored_rows == 1
+
+
+# --- the pair of maps ---
+
+
+def test_tied_maps_are_one_and_a_shared_one_has_a_map_per_group(make_shape):
+    grouped = make_shape(num_heads=4, num_kv_heads=2)
+    tied = LinearAttention(grouped, Plain, tie_qk=True)
+    assert tied.query_map is tied.key_map
+    shared = LinearAttention(grouped, Plain, share_kv_heads=True)
+    assert (shared.query_map.weight.shape[0], shared.key_map.weight.shape[0]) == (4, 2)
+    with pytest.raises(UsageError, match="tie_qk needs a key map per query head"):
+        LinearAttention(grouped, Plain, tie_qk=True, share_kv_heads=True)
+    # With as many key heads as query heads there is nothing to share, and the two options don't meet.
+    LinearAttention(make_shape(), Plain, tie_qk=True, share_kv_heads=True)
