@@ -52,9 +52,7 @@ class Hedgehog(FeatureMap):
         y = torch.cat([y, -y], dim=-1)
         return (y - y.amax(-1, keepdim=True).detach()).exp()
 
-    def map_keys(
-        self, k: Tensor, *, positions: Tensor, key_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def map_keys(self, k: Tensor, *, positions: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         y = self._projected(k)
         if self.activation == "softmax":
             return self._softmax_halves(y), None

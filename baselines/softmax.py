@@ -30,7 +30,13 @@ class Softmax(Attention):
         self._flash_attn = find_spec("flash_attn") is not None
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         check_inputs(self.shape, q, k, v, key_mask)
         dropout = self.shape.dropout if self.training else 0.0
@@ -38,7 +44,7 @@ class Softmax(Attention):
             from flash_attn import flash_attn_func
 
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-            out = flash_attn_func(q, k, v, dropout, softmax_scale=self.shape.scale, causal=self.shape.causal)
+            out: Tensor = flash_attn_func(q, k, v, dropout, softmax_scale=self.shape.scale, causal=self.shape.causal)
             return out.transpose(1, 2)
         k, v = repeat_heads(k, self.shape.num_heads), repeat_heads(v, self.shape.num_heads)
         num_queries, num_keys = q.shape[2], k.shape[2]

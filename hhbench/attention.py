@@ -12,6 +12,7 @@ A new thought registers at the lowest rung that holds it, and hhbench supplies t
 """
 
 import dataclasses
+import functools
 import hashlib
 import inspect
 from abc import ABC, abstractmethod
@@ -91,9 +92,7 @@ class FeatureMap(nn.Module):
         features: Tensor = self(q)
         return features
 
-    def map_keys(
-        self, k: Tensor, *, positions: Tensor, key_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def map_keys(self, k: Tensor, *, positions: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Features of keys and their log scales [B, H, N], or None for scale 1.
 
         The true feature is features * exp(log_scale): exponential maps keep their rows near 1 this way, and the sum
@@ -120,7 +119,13 @@ class Attention(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """The output [B, H, N, E].
 
@@ -286,9 +291,8 @@ class AttentionSpec:
             if issubclass(self.part, FeatureMap):
                 of_sum = {name for name in inspect.signature(LinearAttention).parameters if name in options}
                 of_map = {name: value for name, value in options.items() if name not in of_sum}
-                return LinearAttention(
-                    shape, lambda s: self.part(s, **of_map), **{name: options[name] for name in of_sum}
-                )
+                make_map = functools.partial(self.part, **of_map)
+                return LinearAttention(shape, make_map, **{name: options[name] for name in of_sum})
             return self.part(shape, **options)
         except HHBenchError:
             raise
@@ -343,9 +347,7 @@ def register_attention(
         own = name or part.__module__.rpartition(".")[2].replace("_", "-")
         if not part.__module__.startswith("hhbench."):
             own = name or part.__name__
-        spec = _spec(
-            part, name=own, paper=paper, cost=cost, directions=directions, recipe=recipe, version=version
-        )
+        spec = _spec(part, name=own, paper=paper, cost=cost, directions=directions, recipe=recipe, version=version)
         ATTENTIONS.add(own, spec, external=spec.external)
         return part
 
@@ -364,7 +366,13 @@ def build_attention(name: str, shape: MixerShape, **options: Any) -> Attention |
 def probe(spec: AttentionSpec, *, direction: Direction, options: Mapping[str, Any]) -> None:
     """Run a user's attention once on four tokens, so that a wrong shape is a clear line before anything trains."""
     shape = MixerShape(
-        dim=16, num_heads=2, num_kv_heads=2, head_dim=8, scale=8**-0.5, max_len=16, causal=direction == "causal"
+        dim=16,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=8,
+        scale=8**-0.5,
+        max_len=16,
+        causal=direction == "causal",
     )
     with torch.random.fork_rng(devices=[]):
         module = spec.build(shape, **options)

@@ -67,7 +67,7 @@ class _Parser(argparse.ArgumentParser):
         hint = f" Did you mean {close[0]!r}?" if close else ""
         self.exit(2, f"{self.prog}: {message}.{hint} See {self.prog} --help.\n")
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             # The command's own parser knows the options that were meant.
@@ -85,7 +85,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.call(args)
         return code
     except KeyboardInterrupt:
-        resume = " The last checkpoint is kept: run the same command with --resume to go on." if args.command == "run" else ""
+        resume = (
+            " The last checkpoint is kept: run the same command with --resume to go on."
+            if args.command == "run"
+            else ""
+        )
         print(f"\nhhbench: interrupted.{resume}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output went away: hhbench leaderboard | head
@@ -98,7 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"hhbench: {error}", file=sys.stderr)
             return 2 if isinstance(error, UsageError) else 1
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        print(f"hhbench: {type(error).__name__}: {first} (run again with --debug for the trace)", file=sys.stderr)
+        print(
+            f"hhbench: {type(error).__name__}: {first} (run again with --debug for the trace)",
+            file=sys.stderr,
+        )
         return 1
 
 
@@ -116,7 +123,11 @@ def _parser() -> _Parser:
 
     def command(name: str, call: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(
-            name, help=help, description=help, epilog=EXAMPLES[name], formatter_class=argparse.RawDescriptionHelpFormatter
+            name,
+            help=help,
+            description=help,
+            epilog=EXAMPLES[name],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         sub.set_defaults(call=call)
         sub.add_argument("--debug", action="store_true", help="show the trace of an error")
@@ -133,7 +144,9 @@ def _parser() -> _Parser:
     sub.add_argument("what", choices=("attentions", "tasks", "datasets", "presets", "recipes"))
 
     sub = command("show", _show, "all about one name or one result; or what differs between two results")
-    sub.add_argument("name", nargs="+", help="an attention, a task, a recipe, a result's folder or the start of its key")
+    sub.add_argument(
+        "name", nargs="+", help="an attention, a task, a recipe, a result's folder or the start of its key"
+    )
     sub.add_argument("--out", type=Path, default=Path("runs"), help="where results lie (default: runs)")
 
     sub = command("leaderboard", _leaderboard, "every result below a folder, as tables")
@@ -150,9 +163,7 @@ def _parser() -> _Parser:
 
 def _add_setting(group: Any, field: "dataclasses.Field[Any]") -> None:
     flag, meta = f"--{field.name.replace('_', '-')}", field.metadata
-    default = {None: "", "": "", (): "", False: ""}.get(field.default, f" (default: {field.default})")
-    if field.default is dataclasses.MISSING:
-        default = ""
+    default = f" (default: {field.default})" if field.default not in (None, (), False) else ""
     shared: dict[str, Any] = {"default": None, "help": meta["help"] + default, "dest": field.name}
     if meta["type"] is bool:
         group.add_argument(flag, action="store_true", **shared)
@@ -267,7 +278,14 @@ def _print_tables(made: "list[tuple[Result, Path]]", out: Path) -> None:
 def _calm_libraries() -> None:
     """Loading reports and progress bars of the libraries tell a user nothing about a run."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in ("transformers", "datasets", "huggingface_hub", "timm", "lightning.pytorch", "lightning.fabric"):
+    for name in (
+        "transformers",
+        "datasets",
+        "huggingface_hub",
+        "timm",
+        "lightning.pytorch",
+        "lightning.fabric",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
     import transformers
 
@@ -301,7 +319,14 @@ def _list(args: argparse.Namespace) -> int:
         _print_table(
             ("attention", "enters as", "cost per layer", "directions", "default recipe", "paper"),
             (
-                (s.name, s.rung, s.cost, " and ".join(sorted(s.directions)), s.recipe if s.convertible else "-", s.paper)
+                (
+                    s.name,
+                    s.rung,
+                    s.cost,
+                    " and ".join(sorted(s.directions)),
+                    s.recipe if s.convertible else "-",
+                    s.paper,
+                )
                 for s in specs
             ),
         )
@@ -346,9 +371,22 @@ def _list(args: argparse.Namespace) -> int:
                     for name in task.suites.get(preset, ()):
                         plan = prepare(RunConfig(task=task.name, attn="softmax", dataset=name, preset=preset))
                         c = plan.config
-                        rows.append((preset, task.name, name, c.regime, c.model, c.max_len, c.batch_size, c.epochs, c.lr))
+                        rows.append(
+                            (
+                                preset,
+                                task.name,
+                                name,
+                                c.regime,
+                                c.model,
+                                c.max_len,
+                                c.batch_size,
+                                c.epochs,
+                                c.lr,
+                            )
+                        )
             _print_table(
-                ("preset", "task", "data set", "regime", "model", "tokens", "batch", "epochs", "lr"), sorted(rows)
+                ("preset", "task", "data set", "regime", "model", "tokens", "batch", "epochs", "lr"),
+                sorted(rows),
             )
     return 0
 
@@ -464,7 +502,9 @@ def _data(args: argparse.Namespace) -> int:
         for file, _ in files.values():
             print(f"{file.name}: {data.fetch(file)}")
         if not files:
-            print("nothing to fetch: it is generated, shipped with a library, or comes from the hub when a run needs it")
+            print(
+                "nothing to fetch: it is generated, shipped with a library, or comes from the hub when a run needs it"
+            )
         return 0
     states = {name: data.status(file) for name, (file, _) in files.items()}
     _print_table(
@@ -479,7 +519,6 @@ def _data(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    import importlib.util
     import platform
     import shutil
 

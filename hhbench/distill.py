@@ -45,7 +45,9 @@ def _softmax_like(attention: Attention) -> Attention:
     return teacher.eval()  # a teacher drops nothing out
 
 
-def _query_blocks(q: Tensor, k: Tensor, key_mask: Tensor | None, causal: bool) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
+def _query_blocks(
+    q: Tensor, k: Tensor, key_mask: Tensor | None, causal: bool
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
     """Queries in blocks, with the keys, the key mask and the mask of the queries [B, n] that go with them."""
     N, M = q.shape[2], k.shape[2]
     for start in range(0, N, QUERY_BLOCK):
@@ -78,7 +80,7 @@ class TransferLoss:
     def __call__(self, slot: AttentionSlot, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         student = slot.attention
         teacher = _softmax_like(student)
-        out = teacher(q, k, v, key_mask=key_mask)
+        out: Tensor = teacher(q, k, v, key_mask=key_mask)
         self.total = torch.zeros((), device=q.device)
         with torch.enable_grad():
             if not student.has_weights:

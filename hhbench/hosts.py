@@ -116,7 +116,9 @@ def convert(
     """
     spec = ATTENTIONS.get(attn) if isinstance(attn, str) else attn
     if not spec.convertible:
-        raise UsageError(f"{spec.name} replaces a whole block, not what happens between q, k and v: it can't be swapped in")
+        raise UsageError(
+            f"{spec.name} replaces a whole block, not what happens between q, k and v: it can't be swapped in"
+        )
     layers = host_layers(model)
     for index in keep_layers:
         if not -len(layers) <= index < len(layers):
@@ -189,9 +191,13 @@ def _attend(
         raise HHBenchError(f"{type(module).__name__} has no hhbench attention: use hhbench.convert or hhbench.load")
     shape = slot.attention.shape
     if is_causal is not None and is_causal != shape.causal:
-        raise HHBenchError(f"{type(module).__name__} asks for is_causal={is_causal}; it was converted as {shape.direction}")
+        raise HHBenchError(
+            f"{type(module).__name__} asks for is_causal={is_causal}; it was converted as {shape.direction}"
+        )
     if scaling is not None and abs(scaling - shape.scale) > 1e-9:
-        raise HHBenchError(f"{type(module).__name__} scales by {scaling} now and by {shape.scale} when it was converted")
+        raise HHBenchError(
+            f"{type(module).__name__} scales by {scaling} now and by {shape.scale} when it was converted"
+        )
     out = slot(query, key, value, attention_mask)
     weights = slot.attention.weights(query, key, key_mask=attention_mask) if output_attentions else None
     return out.transpose(1, 2).contiguous(), weights
@@ -206,7 +212,9 @@ def _refuse_unknown(
     if given:
         raise UsageError(f"{name} passes {', '.join(given)}, which no attention of hhbench takes")
     if sliding_window is not None and sliding_window < key.shape[2]:
-        raise UsageError(f"{name} has a sliding window of {sliding_window} tokens, shorter than the {key.shape[2]} in use")
+        raise UsageError(
+            f"{name} has a sliding window of {sliding_window} tokens, shorter than the {key.shape[2]} in use"
+        )
     if mask is not None and mask.ndim != 2:
         raise UsageError(f"{name} got a {mask.ndim}-D mask {list(mask.shape)}; hhbench takes padding masks [B, N]")
 
@@ -241,7 +249,9 @@ def _transformers_layers(model: PreTrainedModel) -> list[HostLayer]:
     """Ask the model: run it once on a few tokens under a probe and see which modules call the interface, and how."""
     name = type(model).__name__
     if model.config.is_encoder_decoder:
-        raise UsageError(f"{name} can't be a host: it is an encoder-decoder, and cross-attention has no key mask of its own")
+        raise UsageError(
+            f"{name} can't be a host: it is an encoder-decoder, and cross-attention has no key mask of its own"
+        )
     names = {module: module_name for module_name, module in model.named_modules()}
     layers: list[HostLayer] = []
 
@@ -338,9 +348,11 @@ class _SlottedTimmAttention(TimmAttention):  # type: ignore[misc]  # timm is unt
         return self.proj_drop(self.proj(x))  # type: ignore[no-any-return]
 
 
-def _timm_shape(model: nn.Module, name: str, module: nn.Module) -> MixerShape:
+def _timm_shape(model: nn.Module, name: str, module: Any) -> MixerShape:
     if type(module) is not TimmAttention:
-        raise UsageError(f"{type(model).__name__} can't be a host: {name} is a {type(module).__name__}, which does more than softmax")
+        raise UsageError(
+            f"{type(model).__name__} can't be a host: {name} is a {type(module).__name__}, which does more than softmax"
+        )
     patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
     if patches is None:
         raise UsageError(f"{type(model).__name__} can't be a host: it doesn't say how many patches it sees")
@@ -359,9 +371,7 @@ def _timm_shape(model: nn.Module, name: str, module: nn.Module) -> MixerShape:
 # ---- building, saving and loading ------------------------------------------------------------------------------
 
 
-def transformers_model(
-    auto: Any, source: str, *, pretrained: bool, dropout: float, **settings: Any
-) -> PreTrainedModel:
+def transformers_model(auto: Any, source: str, *, pretrained: bool, dropout: float, **settings: Any) -> nn.Module:
     """A transformers model from a folder or a hub's name: with its weights, or from its config alone.
 
     Args:
@@ -379,15 +389,16 @@ def transformers_model(
             if hasattr(config, name):
                 setattr(config, name, dropout)
         if not pretrained:
-            return auto.from_config(config)  # type: ignore[no-any-return]
+            model: nn.Module = auto.from_config(config)
+            return model
         # Weights come as safetensors or not at all: a pickle may run code.
-        model: PreTrainedModel = auto.from_pretrained(
+        model = auto.from_pretrained(
             source, config=config, local_files_only=offline(), use_safetensors=True, dtype=torch.float32
         )
     return model
 
 
-def gpt2(name: str, *, vocab: int, max_len: int, dropout: float) -> PreTrainedModel:
+def gpt2(name: str, *, vocab: int, max_len: int, dropout: float) -> nn.Module:
     """A GPT-2 with random weights: `gpt2-LAYERSxWIDTHxHEADS`.
 
     Raises:
@@ -399,7 +410,7 @@ def gpt2(name: str, *, vocab: int, max_len: int, dropout: float) -> PreTrainedMo
     layers, width, heads = map(int, match.groups())
     if not layers or not heads or width % heads:
         raise UsageError(f"model {name!r}: {heads} heads can't share a width of {width}")
-    return GPT2LMHeadModel(
+    model: nn.Module = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=vocab,
             n_positions=max_len,
@@ -413,6 +424,7 @@ def gpt2(name: str, *, vocab: int, max_len: int, dropout: float) -> PreTrainedMo
             eos_token_id=None,
         )
     )
+    return model
 
 
 def timm_model(name: str, *, pretrained: bool, **settings: Any) -> nn.Module:
@@ -497,7 +509,7 @@ class HostRecipe:
             cls = getattr(importlib.import_module("transformers"), self.name, None)
             if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
                 raise UsageError(f"transformers has no model class {self.name!r}")
-            model = cls(cls.config_class.from_dict(self.arguments))
+            model = cls(cls.config_class.from_dict(self.arguments))  # type: ignore[attr-defined]
         else:
             raise UsageError(f"no host library {self.library!r}; it is transformers or timm")
         model.hhbench_recipe = self  # type: ignore[assignment]  # a plain attribute, for save()
@@ -517,7 +529,12 @@ def recipe_of(model: nn.Module) -> HostRecipe:
 
 
 def save(
-    model: nn.Module, folder: Path, *, attn: str, options: Mapping[str, Any], notes: Mapping[str, Any] | None = None
+    model: nn.Module,
+    folder: Path,
+    *,
+    attn: str,
+    options: Mapping[str, Any],
+    notes: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a hosted model: `model.safetensors`, and `hhbench.json`, which comes last and says that all is there.
 
@@ -533,7 +550,11 @@ def save(
     manifest = {
         "schema": 1,
         "host": dataclasses.asdict(recipe_of(model)),
-        "attention": {"name": attn, "options": dict(options), "source_sha256": ATTENTIONS.get(attn).source_hash()},
+        "attention": {
+            "name": attn,
+            "options": dict(options),
+            "source_sha256": ATTENTIONS.get(attn).source_hash(),
+        },
         "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         **(notes or {}),
     }

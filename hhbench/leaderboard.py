@@ -122,9 +122,7 @@ class Table:
     keys: frozenset[str]
 
 
-def percent_of_teacher(
-    scores: Sequence[float], teachers: Sequence[float], *, higher_is_better: bool
-) -> float | None:
+def percent_of_teacher(scores: Sequence[float], teachers: Sequence[float], *, higher_is_better: bool) -> float | None:
     """How much of the teacher is left: 100 x mean(scores) / mean(teachers), as the Hedgehog paper has it.
 
     Where lower is better (perplexity) the fraction is turned around, so that 100 is the teacher's own level
@@ -150,10 +148,7 @@ def tables(results: Iterable[Result]) -> list[Table]:
     averages = _averaged(groups)
     apart = _telling_apart([*groups, *(group for group, _ in averages)])
     made = [_data_set_table(group, members, apart[group]) for group, members in groups.items()]
-    made += [
-        _average_table(group, suite, candidates, apart[group])
-        for (group, suite), candidates in averages.items()
-    ]
+    made += [_average_table(group, suite, candidates, apart[group]) for (group, suite), candidates in averages.items()]
     places = {(r.task["name"], name): i for r in ordered for i, name in enumerate(r.task["suite"])}
     return sorted(made, key=lambda table: _place(table.group, places))
 
@@ -201,9 +196,7 @@ def _grouped(results: Iterable[Result]) -> dict[Group, list[Result]]:
     found: dict[Group, list[Result]] = {}
     for group, members in _by(_group, results).items():
         versions = _by(lambda r: r.identity["attention"]["name"], members)
-        newest = {
-            name: max(r.identity["attention"]["version"] for r in own) for name, own in versions.items()
-        }
+        newest = {name: max(r.identity["attention"]["version"] for r in own) for name, own in versions.items()}
         for result in members:
             name, version = result.identity["attention"]["name"], result.identity["attention"]["version"]
             older = "" if version == newest[name] else f"{name} {version}"
@@ -409,9 +402,7 @@ def _average_table(group: Group, suite: tuple[str, ...], candidates: _Candidates
 
 def _best_first(rows: Iterable[Row], group: Group) -> tuple[Row, ...]:
     sign = -1 if group.higher_is_better else 1
-    return tuple(
-        sorted(rows, key=lambda r: (sign * r.score_mean, r.attention, r.recipe or "", r.settings, r.keys))
-    )
+    return tuple(sorted(rows, key=lambda r: (sign * r.score_mean, r.attention, r.recipe or "", r.settings, r.keys)))
 
 
 def _place(group: Group, places: Mapping[tuple[str, str], int]) -> tuple[Any, ...]:
@@ -462,9 +453,7 @@ def _telling_apart(groups: Sequence[Group]) -> dict[Group, str]:
     for own in _by(lambda g: (g.task, g.dataset, g.preset, g.regime), groups).values():
         said = {group: _phrases(group) for group in own}
         fields = [f for f in _fields(Group) if len({phrases.get(f) for phrases in said.values()}) > 1]
-        apart |= {
-            group: ", ".join(phrases[f] for f in fields if f in phrases) for group, phrases in said.items()
-        }
+        apart |= {group: ", ".join(phrases[f] for f in fields if f in phrases) for group, phrases in said.items()}
     return apart
 
 

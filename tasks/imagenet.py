@@ -23,8 +23,18 @@ from hhbench.task import Batch, Dataset, Example, Split, StepOutput, Task, TaskD
 
 DIGITS_MODEL = "vit-digits"
 # Width, depth and heads of the digits' ViT: timm's smallest, cut down to images of 8x8 pixels.
-DIGITS_ARGUMENTS = {"img_size": 8, "patch_size": 1, "in_chans": 1, "embed_dim": 64, "depth": 4, "num_heads": 4}
-HUB = {"imagenet-1k": ("ILSVRC/imagenet-1k", "image", "label"), "cifar10": ("uoft-cs/cifar10", "img", "label")}
+DIGITS_ARGUMENTS = {
+    "img_size": 8,
+    "patch_size": 1,
+    "in_chans": 1,
+    "embed_dim": 64,
+    "depth": 4,
+    "num_heads": 4,
+}
+HUB = {
+    "imagenet-1k": ("ILSVRC/imagenet-1k", "image", "label"),
+    "cifar10": ("uoft-cs/cifar10", "img", "label"),
+}
 
 
 @register_task
@@ -100,7 +110,10 @@ class ImageNet(Task):
             arguments = DIGITS_ARGUMENTS | {"num_classes": classes, "drop_rate": config.dropout}
             return hosts.HostRecipe("timm", "vit_tiny_patch16_224", arguments).build()
         return hosts.timm_model(
-            str(config.model), pretrained=config.regime != "scratch", num_classes=classes, drop_rate=config.dropout
+            str(config.model),
+            pretrained=config.regime != "scratch",
+            num_classes=classes,
+            drop_rate=config.dropout,
         )
 
     def weights(self, config: RunConfig) -> dict[str, str]:
@@ -193,13 +206,17 @@ def _folder(path: Path) -> tuple[Any, Any, int, dict[str, str]]:
 
     test = next((path / s for s in ("test", "validation", "val") if (path / s).is_dir()), None)
     if not (path / "train").is_dir() or test is None:
-        raise DataError(f"{path} needs a folder train and one of test, validation and val, each with one folder a class")
+        raise DataError(
+            f"{path} needs a folder train and one of test, validation and val, each with one folder a class"
+        )
     try:
         train, held = ImageFolder(path / "train"), ImageFolder(test)
     except (FileNotFoundError, OSError) as error:
         raise DataError(f"{path}: {error}") from error
     if train.classes != held.classes:
-        raise DataError(f"{path}: train has the classes {train.classes[:5]} ..., {test.name} has {held.classes[:5]} ...")
+        raise DataError(
+            f"{path}: train has the classes {train.classes[:5]} ..., {test.name} has {held.classes[:5]} ..."
+        )
     files = [Path(file) for file, _ in (*train.samples, *held.samples)]
     return train, held, len(train.classes), {path.name: hash_files(files)}
 
@@ -243,6 +260,6 @@ class _Collate:
     def __call__(self, examples: Sequence[Example]) -> Batch:
         return {
             "inputs": {"x": torch.stack([image for image, _ in examples])},  # type: ignore[misc]
-            "labels": torch.tensor([label for _, label in examples]),  # type: ignore[misc]
+            "labels": torch.tensor([label for _, label in examples]),
             "num_tokens": self.num_tokens * len(examples),
         }

@@ -92,7 +92,12 @@ class Recall(Task):
         )
 
     def build_model(self, config: RunConfig, data: TaskData) -> nn.Module:
-        return hosts.gpt2(str(config.model), vocab=data.facts["vocab"], max_len=int(config.max_len or 0), dropout=float(config.dropout or 0))
+        return hosts.gpt2(
+            str(config.model),
+            vocab=data.facts["vocab"],
+            max_len=int(config.max_len or 0),
+            dropout=float(config.dropout or 0),
+        )
 
     def step(self, model: nn.Module, batch: Batch) -> StepOutput:
         logits: Tensor = model(**batch["inputs"]).logits.float()
@@ -111,9 +116,7 @@ def vocabulary(config: RunConfig) -> int:
     return 40 if config.dataset == "ar" else 64
 
 
-def associative_recall(
-    count: int, *, length: int, vocab: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def associative_recall(count: int, *, length: int, vocab: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Tokens and targets [count, length]: key value key value ... key, of one random map for each sequence.
 
     The last key stood before; its value is the only target. `length` even makes the last token of the pairs unused.
@@ -130,9 +133,7 @@ def associative_recall(
     return tokens, targets
 
 
-def multi_query_recall(
-    count: int, *, length: int, vocab: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def multi_query_recall(count: int, *, length: int, vocab: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Tokens and targets [count, length]: distinct keys with their values, then the keys again in another order,
     each followed by its value. Every value of the second half is a target.
     """

@@ -248,9 +248,7 @@ def test_padding_changes_nothing(case, left, right, garbage):
         return noise if garbage == "random" else noise.sign() * float(garbage)
 
     alone = module(*parts)
-    padded = module(
-        *(torch.cat([pad(x, left), x, pad(x, right)], tokens(x)) for x in parts), key_mask=key_mask
-    )
+    padded = module(*(torch.cat([pad(x, left), x, pad(x, right)], tokens(x)) for x in parts), key_mask=key_mask)
     assert padded.isfinite().all()
     torch.testing.assert_close(take(padded, left, left + N), alone, atol=1e-10, rtol=0)
     cotangent = torch.randn_like(alone)
@@ -431,9 +429,7 @@ def test_an_unknown_option_is_answered_with_the_nearest(name, make_shape):
     spec = ATTENTIONS.get(name)
     shape = make_shape(causal="causal" in spec.directions)
     for option in spec.options:
-        with pytest.raises(
-            UsageError, match=f"no option of {name} named '{option}x'. Did you mean '{option}'"
-        ):
+        with pytest.raises(UsageError, match=f"no option of {name} named '{option}x'. Did you mean '{option}'"):
             spec.build(shape, **{f"{option}x": 1})
     with pytest.raises(UsageError, match=f"no option of {name} named 'nonsense'"):
         spec.build(shape, nonsense=1)

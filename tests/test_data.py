@@ -57,27 +57,19 @@ def pinned(path: Path, *, sha256: str | None = None) -> PackageFile:
     )
 
 
-def make_wheel(
-    folder: Path, members: dict[str, bytes] = MEMBERS, tags: str = "py3-none-any", **metadata: str
-) -> Path:
+def make_wheel(folder: Path, members: dict[str, bytes] = MEMBERS, tags: str = "py3-none-any", **metadata: str) -> Path:
     path = folder / f"toy-1.0-{tags}.whl"
     extra = "".join(f"{name.replace('_', '-')}: {value}\n" for name, value in metadata.items())
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in members.items():
             archive.writestr(name, content)
-        archive.writestr(
-            "toy-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n{extra}"
-        )
-        archive.writestr(
-            "toy-1.0.dist-info/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tags}\n"
-        )
+        archive.writestr("toy-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n{extra}")
+        archive.writestr("toy-1.0.dist-info/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tags}\n")
         archive.writestr("toy-1.0.dist-info/RECORD", "")
     return path
 
 
-def make_sdist(
-    folder: Path, members: dict[str, bytes] = MEMBERS, links: dict[str, str] | None = None
-) -> Path:
+def make_sdist(folder: Path, members: dict[str, bytes] = MEMBERS, links: dict[str, str] | None = None) -> Path:
     path = folder / "toy-1.0.tar.gz"
     own = {
         "PKG-INFO": b"Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n",
@@ -117,9 +109,7 @@ def unplug(registry: Path) -> None:
         path.unlink()
 
 
-def python(
-    code: str, *arguments: str, interpreter: str = sys.executable, **environment: str
-) -> subprocess.Popen:
+def python(code: str, *arguments: str, interpreter: str = sys.executable, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
         [interpreter, "-c", code, *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
@@ -224,9 +214,7 @@ def test_fetch_wheel(registry, tmp_path, caplog):
     assert data.fetch(file) == path
 
 
-@pytest.mark.parametrize(
-    "tags", ["cp27-cp27mu-win32", "cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64"]
-)
+@pytest.mark.parametrize("tags", ["cp27-cp27mu-win32", "cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64"])
 def test_fetch_wheel_of_another_interpreter(registry, tags):
     make_wheel(registry)  # which pip would take by itself
     file = pinned(make_wheel(registry, tags=tags, Requires_Python="<3"))
@@ -269,9 +257,7 @@ def test_damaged_archive_is_named_and_fetched_again(registry, caplog, monkeypatc
     path.write_bytes(damage(path.read_bytes()))
     assert data.status(file) == "corrupt"
     monkeypatch.setenv("HHBENCH_OFFLINE", "1")
-    with pytest.raises(
-        DataError, match=r"toys .*toy-1.0-py3-none-any.whl.* is corrupt .*hhbench data fetch toys"
-    ):
+    with pytest.raises(DataError, match=r"toys .*toy-1.0-py3-none-any.whl.* is corrupt .*hhbench data fetch toys"):
         data.fetch(file)
     monkeypatch.delenv("HHBENCH_OFFLINE")
     assert data.read(file, "toy/data/a.txt") == b"alpha"
@@ -307,9 +293,7 @@ def test_offline_and_there(registry, monkeypatch):
 def test_no_such_version(registry):
     file = pinned(make_wheel(registry))
     unplug(registry)
-    with pytest.raises(
-        DataError, match=r"pip says: No matching distribution found for toy==1.0. Try"
-    ) as caught:
+    with pytest.raises(DataError, match=r"pip says: No matching distribution found for toy==1.0. Try") as caught:
         data.fetch(file)
     assert "\n" not in str(caught.value)
     assert file.sha256 in str(caught.value) and str(data.archive_path(file)) in str(caught.value)
@@ -393,9 +377,7 @@ def test_two_processes_fetch_once(registry, tmp_path):
 def test_read(registry, make, top):
     file = pinned(make(registry))
     assert data.read(file, f"{top}toy/data/deep/b.bin") == NOISE
-    with pytest.raises(
-        UsageError, match=rf"no member of {file.filename} named .*Did you mean '{top}toy/data/a.txt'"
-    ):
+    with pytest.raises(UsageError, match=rf"no member of {file.filename} named .*Did you mean '{top}toy/data/a.txt'"):
         data.read(file, f"{top}toy/data/a.tx")
 
 
@@ -462,9 +444,7 @@ def test_tampered_folder_is_named_and_unpacked_again(registry, caplog, monkeypat
     assert sorted(p.name for p in folder.parent.parent.iterdir()) == [folder.parent.name]
 
 
-@pytest.mark.parametrize(
-    "member", ["toy/data/../../../../evil", "toy/data//etc/evil", "toy/data/..\\..\\evil"]
-)
+@pytest.mark.parametrize("member", ["toy/data/../../../../evil", "toy/data//etc/evil", "toy/data/..\\..\\evil"])
 @pytest.mark.parametrize("make", [make_wheel, make_sdist])
 def test_members_that_would_escape_are_refused(registry, tmp_path, member, make):
     # Put into the cache by hand: pip itself would refuse some of them.
@@ -722,9 +702,7 @@ def test_hub_asks_the_network_unless_offline(hub):
     assert "DataError: data set someone/something (small) can't be loaded from the hub" in out
     assert asked
     asked.clear()
-    out = python(
-        HUB_TABLE, "someone/something", "small", **environment | {"HHBENCH_OFFLINE": "1"}
-    ).communicate()[0]
+    out = python(HUB_TABLE, "someone/something", "small", **environment | {"HHBENCH_OFFLINE": "1"}).communicate()[0]
     assert "DataError: data set someone/something (small) can't be loaded from the libraries' cache" in out
     assert asked == []
 
@@ -746,9 +724,7 @@ def test_hub_offline_from_the_libraries_cache(hub, tmp_path):
     home.mkdir(parents=True)
     left.rename(home / "abc")
     asked.clear()
-    out = python(
-        HUB_TABLE, "someone/something", "small", **environment | {"HHBENCH_OFFLINE": "1"}
-    ).communicate()[0]
+    out = python(HUB_TABLE, "someone/something", "small", **environment | {"HHBENCH_OFFLINE": "1"}).communicate()[0]
     assert out.strip().splitlines()[-1] == "{'train': [{'sentence': 'a', 'label': 1}]}"
     assert asked == []
 

@@ -160,9 +160,7 @@ class TestRows:
         ]
 
     def test_a_tuned_learning_rate_is_no_setting(self):
-        results = [
-            make(seed=s, trials=(1e-3, 1e-2), settings={"lr": lr}) for s, lr in enumerate([1e-3, 1e-2])
-        ]
+        results = [make(seed=s, trials=(1e-3, 1e-2), settings={"lr": lr}) for s, lr in enumerate([1e-3, 1e-2])]
         assert only(only(data_sets(results)).rows).n == 2
 
     def test_two_files_of_one_name_are_two_rows(self):
@@ -212,9 +210,7 @@ class TestColumns:
         assert first["params added"] == "12,345"
 
     def test_kl_without_transfer(self):
-        assert (
-            only(grid(only(data_sets([make(kl=((0.4, 0.6), ()))]))))["KL before → after"] == "0.500 → not run"
-        )
+        assert only(grid(only(data_sets([make(kl=((0.4, 0.6), ()))]))))["KL before → after"] == "0.500 → not run"
 
     def test_time_and_memory_of_one_machine(self):
         table = only(data_sets([make(state_bytes=4096), make("elu", 0.7)]))
@@ -272,9 +268,7 @@ class TestGroups:
         assert only(t.title for t in both if t.rows[0].attention == "elu").endswith(f": {said}")
         assert len({table.title for table in both}) == 2
 
-    @pytest.mark.parametrize(
-        "other", [{"preset": "paper"}, {"regime": "pretrained-conversion"}, {"dataset": "pairs"}]
-    )
+    @pytest.mark.parametrize("other", [{"preset": "paper"}, {"regime": "pretrained-conversion"}, {"dataset": "pairs"}])
     def test_other_headings_make_another_table(self, other):
         both = data_sets([make(), make("elu", **other)])
         assert [len(table.rows) for table in both] == [1, 1]
@@ -381,9 +375,7 @@ class TestAverage:
         assert averages([make(), make(dataset="pairs", **other)]) == []
 
     def test_data_sets_may_differ_in_metric_tokens_and_settings(self):
-        other = make(
-            dataset="pairs", metric="f1", train_tokens=5, examples=7, data="d" * 64, settings={"lr": 0.5}
-        )
+        other = make(dataset="pairs", metric="f1", train_tokens=5, examples=7, data="d" * 64, settings={"lr": 0.5})
         assert "movie pairs f1 ↑" in only(grid(only(averages([make(), other]))))
 
     def test_an_average_that_is_not_there_does_not_show_in_the_title_of_one_that_is(self):
@@ -428,9 +420,7 @@ class TestRender:
         assert str(tmp_path / "cut" / "result.json") in only(skipped)
 
     def test_markdown(self):
-        text = render(
-            tables([make("softmax", 0.9, recipe="no-transfer", swap=None, kl=None), make(swap=None)])
-        )
+        text = render(tables([make("softmax", 0.9, recipe="no-transfer", swap=None, kl=None), make(swap=None)]))
         expected = """
 ### glue / movie reviews (mini, finetuned-conversion)
 

@@ -112,9 +112,7 @@ def definition(module: LinearAttention, q: Tensor, k: Tensor, v: Tensor, key_mas
 
 # --- three forms ---
 
-LENGTHS = st.one_of(
-    st.integers(1, 300), st.sampled_from([1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 1])
-)
+LENGTHS = st.one_of(st.integers(1, 300), st.sampled_from([1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 1]))
 MASKS = ["none", "random", "left", "right", "one row masked"]
 
 
@@ -135,14 +133,10 @@ def mask_of(kind: str, B: int, N: int) -> Tensor | None:
 class Setting:
     """A module, inputs and a mask, drawn from a seed."""
 
-    def __init__(
-        self, make_map, seed: int, *, B, G, group, N, D, E, mask="none", causal=True, **options
-    ) -> None:
+    def __init__(self, make_map, seed: int, *, B, G, group, N, D, E, mask="none", causal=True, **options) -> None:
         torch.manual_seed(seed)
         H = G * group
-        shape = MixerShape(
-            dim=H * D, num_heads=H, num_kv_heads=G, head_dim=D, scale=1.0, max_len=512, causal=causal
-        )
+        shape = MixerShape(dim=H * D, num_heads=H, num_kv_heads=G, head_dim=D, scale=1.0, max_len=512, causal=causal)
         self.module = LinearAttention(shape, make_map, **options).double()
         self.inputs = [
             torch.randn(B, heads, N, width, dtype=torch.float64, requires_grad=True)
@@ -154,9 +148,7 @@ class Setting:
 
     def grads(self, out: Tensor) -> list[Tensor]:
         """Of inputs and parameters. A query map doesn't use what is for keys only: zeros."""
-        found = torch.autograd.grad(
-            (out * self.cotangent).sum(), self.leaves, retain_graph=True, allow_unused=True
-        )
+        found = torch.autograd.grad((out * self.cotangent).sum(), self.leaves, retain_graph=True, allow_unused=True)
         return [torch.zeros_like(x) if g is None else g for x, g in zip(self.leaves, found, strict=True)]
 
     def assert_equal(self, out: Tensor, expected: Tensor) -> None:
@@ -185,9 +177,7 @@ class Setting:
 @example(seed=1, B=2, G=2, group=2, N=300, D=3, E=2, mask="one row masked")
 @settings(max_examples=25)
 def test_three_forms_are_the_definition(make_map, share_kv_heads, seed, B, G, group, N, D, E, mask):
-    drawn = Setting(
-        make_map, seed, B=B, G=G, group=group, N=N, D=D, E=E, mask=mask, share_kv_heads=share_kv_heads
-    )
+    drawn = Setting(make_map, seed, B=B, G=G, group=group, N=N, D=D, E=E, mask=mask, share_kv_heads=share_kv_heads)
     expected = definition(drawn.module, *drawn.inputs, drawn.key_mask)
     for form in ("quadratic", "chunked", "recurrent"):
         out = drawn.module(*drawn.inputs, key_mask=drawn.key_mask, form=form)
@@ -266,18 +256,14 @@ def test_fewer_queries_than_keys_continue_a_state(make_map):
     whole = drawn.module(q, k, v)
     _, state = drawn.module(q[:, :, :8], k[:, :, :8], v[:, :, :8], return_state=True)
     for form in ("auto", "quadratic", "chunked", "recurrent"):
-        out, _ = drawn.module(
-            q[:, :, 15:], k[:, :, 8:], v[:, :, 8:], state=state, return_state=True, form=form
-        )
+        out, _ = drawn.module(q[:, :, 15:], k[:, :, 8:], v[:, :, 8:], state=state, return_state=True, form=form)
         torch.testing.assert_close(out, whole[:, :, 15:], atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.parametrize("share_kv_heads", [False, True], ids=["", "shared"])
 @pytest.mark.parametrize("make_map", [Plain, Exponential])
 def test_a_state_keeps_its_size_and_says_it(make_map, share_kv_heads, make_shape):
-    module = LinearAttention(
-        make_shape(num_heads=4, num_kv_heads=2), make_map, share_kv_heads=share_kv_heads
-    ).eval()
+    module = LinearAttention(make_shape(num_heads=4, num_kv_heads=2), make_map, share_kv_heads=share_kv_heads).eval()
     state = None
     for n in range(1, 2 * CHUNK, 17):
         q, k = torch.randn(3, 4, 17, 4), torch.randn(3, 2, 17, 4)
@@ -368,15 +354,17 @@ def test_the_running_maximum_follows_the_scales(form, step, make_shape):
     assert state.log_max.item() == k[..., 0].max()
 
 
-def test_a_padded_key_s_scale_is_never_looked_at(make_shape):
+@pytest.mark.parametrize("padding", [0.0, 1e4])
+def test_a_padded_key_s_scale_is_never_looked_at(padding, make_shape):
+    """Whatever it is, it would push the attended keys, all of scale exp(-1000), below float32."""
     module = LinearAttention(make_shape(num_heads=1), Growing)
-    k, v = torch.zeros(1, 1, 6, 4), torch.randn(1, 1, 6, 3)
-    k[:, :, ::2, 0] = 1e4
+    k, v = torch.full((1, 1, 6, 4), -1000.0), torch.randn(1, 1, 6, 3)
+    k[:, :, ::2] = padding
     key_mask = torch.arange(6)[None] % 2 == 1
     for form in ("quadratic", "chunked", "recurrent"):
         out, state = module(k, k, v, key_mask=key_mask, return_state=True, form=form)
         torch.testing.assert_close(out[0, 0, 5], v[0, 0, 1::2].mean(0))
-        assert state.log_max.item() == 0
+        assert state.log_max.item() == -1000
 
 
 # --- memory ---

@@ -70,9 +70,7 @@ def test_names_import_nothing(write):
     write("shelf/__init__.py", "")
     write("shelf/first_thing.py", "raise AssertionError")
     write("shelf/_private.py", "raise AssertionError")
-    registry: Registry = Registry(
-        "thing", package="shelf", entry_points="no.such.group", adopt=lambda c, n: n
-    )
+    registry: Registry = Registry("thing", package="shelf", entry_points="no.such.group", adopt=lambda c, n: n)
     assert registry.names() == ["first-thing"]
     assert "shelf.first_thing" not in sys.modules
 
@@ -80,9 +78,7 @@ def test_names_import_nothing(write):
 def test_a_built_in_is_imported_when_asked_for(write):
     write("shelf/__init__.py", "things = None")
     write("shelf/first_thing.py", "import shelf\nshelf.things.add('first-thing', 42)")
-    registry: Registry = Registry(
-        "thing", package="shelf", entry_points="no.such.group", adopt=lambda c, n: n
-    )
+    registry: Registry = Registry("thing", package="shelf", entry_points="no.such.group", adopt=lambda c, n: n)
     importlib.import_module("shelf").things = registry
     assert registry.get("first-thing") == registry.get("first-thing", allow_code=False) == 42
 
@@ -116,9 +112,7 @@ def test_what_is_a_reference_to_code():
 def test_a_built_in_s_name_is_taken_before_it_is_imported(write):
     write("shelf/__init__.py", "")
     write("shelf/first_thing.py", "raise AssertionError")
-    registry: Registry = Registry(
-        "thing", package="shelf", entry_points="no.such.group", adopt=lambda c, n: n
-    )
+    registry: Registry = Registry("thing", package="shelf", entry_points="no.such.group", adopt=lambda c, n: n)
     with pytest.raises(UsageError, match="thing 'first-thing' is already registered"):
         registry.add("first-thing", 42, external=True)
 
@@ -164,9 +158,7 @@ def test_two_files_of_one_name_don_t_meet(write):
 
 
 @pytest.mark.parametrize("reference", ["lab.maps:Square", "lab.maps.Square"])
-@pytest.mark.parametrize(
-    "text,name", [(SQUARE, None), (DECORATED, "Square")], ids=["undecorated", "decorated"]
-)
+@pytest.mark.parametrize("text,name", [(SQUARE, None), (DECORATED, "Square")], ids=["undecorated", "decorated"])
 def test_a_dotted_path(write, reference, text, name):
     write("lab/__init__.py", "")
     write("lab/maps.py", text)
@@ -219,9 +211,7 @@ def test_missing_files_modules_and_classes(write, tmp_path):
         ATTENTIONS.get(f"{tmp_path}/folder.py:Square")
     with pytest.raises(HHBenchError, match=r"importing no_such_lab\.maps failed: ModuleNotFoundError"):
         ATTENTIONS.get("no_such_lab.maps:Square")
-    with pytest.raises(
-        UsageError, match=r"no class in .*mine\.py named 'Sqare'\. Did you mean 'Square'\?"
-    ) as caught:
+    with pytest.raises(UsageError, match=r"no class in .*mine\.py named 'Sqare'\. Did you mean 'Square'\?") as caught:
         ATTENTIONS.get(f"{file}:Sqare")
     assert "FeatureMap" not in one_line(caught.value), "only the file's own classes are offered"
     with pytest.raises(UsageError, match="no class in"):
@@ -233,9 +223,7 @@ def test_missing_files_modules_and_classes(write, tmp_path):
 
 def test_a_class_of_no_contract_is_refused(write):
     file = write("mine.py", "import torch\nclass Square(torch.nn.Module):\n    pass\n")
-    with pytest.raises(
-        UsageError, match=r"mine\.py:Square is none of .*FeatureMap, Attention and SequenceMixer"
-    ):
+    with pytest.raises(UsageError, match=r"mine\.py:Square is none of .*FeatureMap, Attention and SequenceMixer"):
         ATTENTIONS.get(f"{file}:Square")
 
 
@@ -323,9 +311,7 @@ def test_a_probe_of_a_mixer(write):
 def test_a_probe_catches_a_mixer_s_wrong_output(write):
     call = "    def forward(self, x, *, key_mask=None):\n        return "
     with pytest.raises(HHBenchError, match=r"returned \[2, 4, 8\] where \[2, 4, 16\]"):
-        probe(
-            adopted(write, call + "x[..., :8]\n", base="SequenceMixer"), direction="bidirectional", options={}
-        )
+        probe(adopted(write, call + "x[..., :8]\n", base="SequenceMixer"), direction="bidirectional", options={})
 
 
 def test_a_probe_leaves_the_random_numbers_alone(write):

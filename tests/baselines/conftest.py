@@ -26,9 +26,7 @@ def likeness() -> Callable[..., Likeness]:
 
     def measure(name: str, **options) -> Likeness:
         torch.manual_seed(0)
-        shape = MixerShape(
-            dim=512, num_heads=8, num_kv_heads=8, head_dim=64, scale=1 / 8, max_len=200, causal=False
-        )
+        shape = MixerShape(dim=512, num_heads=8, num_kv_heads=8, head_dim=64, scale=1 / 8, max_len=200, causal=False)
         q, k = torch.randn(2, 8, 8, 200, 64, dtype=torch.float64)
         dots = q @ k.mT
         softmax = (dots * shape.scale).softmax(-1)

@@ -69,9 +69,7 @@ def test_the_exponential_map_at_the_identity_is_a_sum_of_hyperbolic_cosines(dire
 
 def test_the_exponential_features_of_a_key_are_true_with_their_scale(make_shape):
     k, positions = torch.randn(1, 2, 6, 4), torch.arange(6)[None]
-    features, log_scale = Hedgehog(make_shape(), activation="exp").map_keys(
-        k, positions=positions, key_mask=None
-    )
+    features, log_scale = Hedgehog(make_shape(), activation="exp").map_keys(k, positions=positions, key_mask=None)
     expected = torch.cat([k.exp(), (-k).exp()], -1)
     torch.testing.assert_close(features * log_scale.exp()[..., None], expected)
     assert features.max() == 1
@@ -90,9 +88,7 @@ def test_each_half_is_a_softmax_of_its_own(make_shape):
 
 def test_the_two_activations_are_two_attentions(make_shape):
     q, k = torch.randn(2, 1, 2, 6, 4)
-    one, other = (
-        build_attention("hedgehog", make_shape(), activation=a).weights(q, k) for a in ("softmax", "exp")
-    )
+    one, other = (build_attention("hedgehog", make_shape(), activation=a).weights(q, k) for a in ("softmax", "exp"))
     assert (one - other).abs().max() > 0.01
 
 

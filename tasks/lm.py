@@ -1,0 +1,304 @@
+"""Language modelling: predict the next token of running text.
+
+The mini preset is full Wikipedia articles, cut into train, validation and test by article, with a byte-level BPE
+trained on the training articles alone, and a small GPT-2. The paper preset is WikiText-103 on GPT-2 (125M).
+"""
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torchmetrics import Metric, MetricCollection
+
+from hhbench import data, hosts
+from hhbench.config import RunConfig
+from hhbench.data import PackageFile
+from hhbench.errors import DataError, UsageError
+from hhbench.task import Batch, Dataset, Example, Split, StepOutput, Task, TaskData, register_task
+
+WIKIPEDIA = PackageFile(
+    name="wikipedia",
+    package="gensim",
+    version="4.4.0",
+    filename="gensim-4.4.0-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
+    sha256="91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8",
+    megabytes=27.8,
+    licence="CC BY-SA 3.0 (text)",
+    holds="a piece of a Wikipedia dump: 107 full articles, from Anarchism to Autism",
+)
+DUMP = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+NO_TARGET = -100
+
+
+@dataclass(frozen=True)
+class _Texts:
+    train: str
+    validation: str
+    test: str
+    hashes: Mapping[str, str]
+
+
+@register_task
+class LanguageModelling(Task):
+    """Score: word perplexity, exp(total loss / whitespace-separated words), which doesn't depend on the tokenizer.
+
+    Text is cut into windows that don't overlap; every token but the first is predicted once. Windows carry no state
+    over. Losses are summed in float64 over all ranks and the exponential is taken last: a mean of perplexities, or
+    of ranks' means, would be another number.
+    """
+
+    name = "lm"
+    title = "Language modelling"
+    causal = True
+    scores_pretrained = True
+    regimes = ("scratch", "finetuned-conversion", "pretrained-conversion")
+    datasets = {
+        "wikipedia": Dataset("wikipedia", "word_perplexity", higher_is_better=False, files=(WIKIPEDIA,)),
+        "wikitext103": Dataset("wikitext103", "word_perplexity", higher_is_better=False),
+    }
+    suites = {"mini": ("wikipedia",), "paper": ("wikitext103",)}
+
+    def settings(self, config: RunConfig) -> dict[str, Any]:
+        converts = config.regime != "scratch"
+        if config.preset == "paper":
+            # From scratch: the recipe of the H3 and Hyena papers, from which the baselines' numbers come.
+            return {
+                "model": "gpt2",
+                "max_len": 1024,
+                "dropout": 0.1,
+                "train_examples": 0,
+                "test_examples": 0,
+                "batch_size": 8 if converts else 512,
+                "epochs": 2.0 if converts else 100.0,  # of finetuning: unverified
+                "lr": 6e-4,
+                "teacher_epochs": 2.0,  # unverified
+                "teacher_lr": 6e-4,
+                "transfer_epochs": 2.0,
+                "transfer_lr": 1e-2,  # unverified
+                "weight_decay": 0.1,
+                "warmup": 0.01,
+                "clip": 1.0,
+            }
+        return {
+            "model": "gpt2-4x128x4",
+            "max_len": 256,
+            "dropout": 0.0,
+            "train_examples": 0,
+            "test_examples": 0,
+            "batch_size": 8,
+            "epochs": 1.0,
+            "lr": 2e-3,
+            "teacher_epochs": 1.0,
+            "teacher_lr": 2e-3,
+            "transfer_epochs": 0.25,
+            "transfer_lr": 1e-2,
+            "weight_decay": 0.1,
+            "warmup": 0.05,
+            "clip": 1.0,
+        }
+
+    def dataset(self, name: str) -> Dataset:
+        if name not in self.datasets and Path(name).exists():
+            return Dataset(Path(name).name, "word_perplexity", higher_is_better=False)
+        return super().dataset(name)
+
+    def load_data(self, config: RunConfig) -> TaskData:
+        texts = _load(str(config.dataset))
+        if _is_small(config):
+            if config.regime == "pretrained-conversion":
+                raise UsageError(f"{config.model} has no pretrained weights: name a model that has with --model")
+            tokenizer = _bpe(texts.train)
+        else:
+            tokenizer = _tokenizer_of(str(config.model))
+        length = int(config.max_len or 0)
+        train = _windows(texts.train, tokenizer, length, whole=True).first(int(config.train_examples or 0))
+        if not len(train):
+            raise DataError(f"{config.dataset} is shorter than one window of {length} tokens: lower --max-len")
+        limit = int(config.test_examples or 0)
+        return TaskData(
+            train=train,
+            validation=_windows(texts.validation, tokenizer, length).first(limit),
+            tests={"test": _windows(texts.test, tokenizer, length).first(limit)},
+            collate=_collate,
+            hashes=texts.hashes,
+            facts={"vocab": tokenizer.get_vocab_size()},
+        )
+
+    def weights(self, config: RunConfig) -> dict[str, str]:
+        if _is_small(config) or config.regime == "scratch":
+            return {}
+        return hosts.weights_hash(str(config.model), str(config.model))
+
+    def build_model(self, config: RunConfig, data: TaskData) -> nn.Module:
+        from transformers import AutoModelForCausalLM
+
+        length, dropout = int(config.max_len or 0), float(config.dropout or 0)
+        if _is_small(config):
+            return hosts.gpt2(str(config.model), vocab=data.facts["vocab"], max_len=length, dropout=dropout)
+        return hosts.transformers_model(
+            AutoModelForCausalLM, str(config.model), pretrained=config.regime != "scratch", dropout=dropout
+        )
+
+    def step(self, model: nn.Module, batch: Batch) -> StepOutput:
+        logits: Tensor = model(**batch["inputs"]).logits.float()
+        targets = batch["labels"]
+        losses = cross_entropy(logits.transpose(1, 2), targets, ignore_index=NO_TARGET, reduction="none")
+        count = (targets != NO_TARGET).sum()
+        per_window = losses.detach().double().sum(-1)
+        return StepOutput(losses.sum(), int(count), (per_window.sum(), count, batch["num_words"]), per_window)
+
+    def metrics(self, data: TaskData, config: RunConfig) -> MetricCollection:
+        return MetricCollection(
+            {"word_perplexity": _Perplexity("words"), "token_perplexity": _Perplexity("tokens")},
+            compute_groups=False,
+        )
+
+
+class _Perplexity(Metric):
+    """exp(total loss / units), summed over batches and ranks before the exponential."""
+
+    loss: Tensor
+    count: Tensor
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+        self.add_state("loss", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, loss: Tensor, tokens: Tensor, words: Tensor) -> None:
+        self.loss += loss
+        self.count += tokens if self.unit == "tokens" else words
+
+    def compute(self) -> Tensor:
+        return (self.loss / self.count).exp()
+
+
+def _is_small(config: RunConfig) -> bool:
+    return str(config.model).startswith("gpt2-") and "x" in str(config.model)
+
+
+# ---- text ------------------------------------------------------------------------------------------------------
+
+
+def _load(name: str) -> _Texts:
+    if name == "wikipedia":
+        return _wikipedia_splits()
+    if name == "wikitext103":
+        splits = data.hub_table("Salesforce/wikitext", "wikitext-103-raw-v1")
+        text = {split: "".join(splits[split]["text"]) for split in ("train", "validation", "test")}
+        return _Texts(**text, hashes={name: data.hash_text("".join(text.values()))})
+    return _users(Path(name))
+
+
+@cache
+def _wikipedia_splits() -> _Texts:
+    """Whole articles: every tenth in an order of one seed to validate or to test on, in turn."""
+    articles = _articles()
+    random.Random(0).shuffle(articles)
+    parts: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
+    for index, article in enumerate(articles):
+        part = {0: "test", 10: "validation"}.get(index % 20, "train")
+        parts[part].append(article)
+    texts = {part: "\n".join(chosen) for part, chosen in parts.items()}
+    return _Texts(**texts, hashes={WIKIPEDIA.name: data.hash_text("\n".join(articles))})
+
+
+def _articles() -> list[str]:
+    """The articles as plain text. Reading the markup takes a while: the text is kept in the cache."""
+    from hhbench.tasks import _wikipedia
+
+    separator = "\x1e"
+    text = data.cached_text(
+        f"wikipedia-{WIKIPEDIA.sha256[:8]}-{_wikipedia.VERSION}.txt",
+        lambda: separator.join(text for _, text in _wikipedia.clean_articles(data.read(WIKIPEDIA, DUMP))),
+    )
+    return text.split(separator)
+
+
+def _users(path: Path) -> _Texts:
+    """A text file, cut 90 / 5 / 5 in its own order; or a folder with train, validation and test `.txt` files, or
+    with any `.txt` files, which are read in the order of their names and cut likewise.
+    """
+    files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+    if not files:
+        raise DataError(f"{path} holds no .txt file")
+    try:
+        texts = {file.stem: file.read_text(encoding="utf-8") for file in files}
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} can't be read as UTF-8 text: {error}") from error
+    hashes = {path.name: data.hash_files(files)}
+    if {"train", "validation", "test"} <= texts.keys():
+        return _Texts(texts["train"], texts["validation"], texts["test"], hashes)
+    lines = "\n".join(texts.values()).splitlines(keepends=True)
+    held = max(1, len(lines) // 20)
+    if len(lines) < 3:
+        raise DataError(f"{path} has {len(lines)} lines: too few to hold some out for validation and test")
+    parts = lines[: -2 * held], lines[-2 * held : -held], lines[-held:]
+    train, validation, test = ("".join(part) for part in parts)
+    return _Texts(train, validation, test, hashes)
+
+
+# ---- tokens ----------------------------------------------------------------------------------------------------
+
+VOCAB = 2048
+
+
+@cache
+def _bpe(text: str) -> Any:
+    """A byte-level BPE of the training text. The same text gives the same tokenizer."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(text.splitlines(keepends=True), vocab_size=VOCAB, show_progress=False)
+    return tokenizer
+
+
+def _tokenizer_of(model: str) -> Any:
+    """The `tokenizers` object inside a model's own tokenizer."""
+    return hosts.tokenizer(model).backend_tokenizer
+
+
+def _windows(text: str, tokenizer: Any, length: int, *, whole: bool = False) -> Split:
+    """Windows (tokens, targets, words): `length` inputs and the tokens that follow them.
+
+    A word belongs to the token in which it starts. `whole` leaves out the last, shorter window.
+    """
+    encoded = tokenizer.encode(text)
+    ids, starts = encoded.ids, [start for start, _ in encoded.offsets]
+    words = [0] * len(ids)
+    token = 0
+    for match in re.finditer(r"\S+", text):
+        while token + 1 < len(ids) and starts[token + 1] <= match.start():
+            token += 1
+        words[token] += 1
+    examples = []
+    for start in range(0, len(ids) - 1, length):
+        window = ids[start : start + length + 1]
+        if whole and len(window) <= length:
+            break
+        examples.append((window[:-1], window[1:], sum(words[start + 1 : start + len(window)])))
+    return Split(examples, [len(tokens) for tokens, _, _ in examples])  # type: ignore[arg-type]
+
+
+def _collate(examples: Sequence[Example]) -> Batch:
+    from hhbench.task import key_mask_of, padded
+
+    tokens, targets, words = zip(*examples, strict=True)
+    mask = key_mask_of(tokens)
+    inputs = {"input_ids": padded(tokens, 0), "position_ids": hosts.position_ids(mask), "use_cache": False}
+    if not mask.all():
+        inputs["attention_mask"] = mask
+    return {
+        "inputs": inputs,
+        "labels": padded(targets, NO_TARGET),
+        "num_words": torch.tensor(sum(words)),
+        "num_tokens": int(mask.sum()),
+    }
