@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hhbench.attention import FeatureMap, MixerShape, register_attention
+from hhbench.attention import FeatureMap, MixerShape, identity_weight, register_attention
 from hhbench.errors import UsageError
 
 
@@ -39,10 +39,10 @@ class Hedgehog(FeatureMap):
         if activation not in ("softmax", "exp"):
             raise UsageError(f"hedgehog's activation is softmax or exp, not {activation!r}")
         self.activation = activation
-        half = feature_dim or shape.head_dim
+        half = shape.head_dim if feature_dim is None else feature_dim
         self.feature_dim = 2 * half
         heads = 1 if shared_heads else shape.num_heads
-        self.weight = nn.Parameter(torch.eye(shape.head_dim, half).repeat(heads, 1, 1))
+        self.weight = nn.Parameter(identity_weight(heads, shape.head_dim, half))
         self.bias = nn.Parameter(torch.zeros(heads, 1, half)) if bias else None
 
     def map_queries(self, q: Tensor, *, positions: Tensor) -> Tensor:

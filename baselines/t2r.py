@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from hhbench.attention import FeatureMap, MixerShape, register_attention
+from hhbench.attention import FeatureMap, MixerShape, identity_weight, register_attention
 
 
 @register_attention(paper="Kasai et al. 2021, eq. 6", cost="N F E", recipe="t2r")
@@ -20,8 +20,8 @@ class T2R(FeatureMap):
 
     def __init__(self, shape: MixerShape, *, feature_dim: int | None = None, bias: bool = True) -> None:
         super().__init__(shape)
-        self.feature_dim = feature_dim or shape.head_dim
-        self.weight = nn.Parameter(torch.eye(shape.head_dim, self.feature_dim).repeat(shape.num_heads, 1, 1))
+        self.feature_dim = shape.head_dim if feature_dim is None else feature_dim
+        self.weight = nn.Parameter(identity_weight(shape.num_heads, shape.head_dim, self.feature_dim))
         self.bias = nn.Parameter(torch.zeros(shape.num_heads, 1, self.feature_dim)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -164,6 +164,19 @@ class SequenceMixer(nn.Module, ABC):
         """[B, N, C] -> [B, N, C]."""
 
 
+def identity_weight(num_heads: int, head_dim: int, width: int) -> Tensor:
+    """Weights [H, D, width] that start a learned map at the identity.
+
+    Columns beyond D are random: as copies of zero they would be dead, or equal for ever.
+    """
+    if width < 1:
+        raise UsageError(f"feature_dim must be at least 1, not {width}")
+    weight = torch.eye(head_dim, width).repeat(num_heads, 1, 1)
+    if width > head_dim:
+        weight[..., head_dim:] = torch.randn(num_heads, head_dim, width - head_dim) * head_dim**-0.5
+    return weight
+
+
 def check_inputs(shape: MixerShape, q: Tensor, k: Tensor, v: Tensor | None, key_mask: Tensor | None) -> None:
     """Refuse tensors that don't fit the shape, with the shapes in the message."""
     if q.ndim != 4 or q.shape[1] != shape.num_heads or q.shape[3] != shape.head_dim:
@@ -364,7 +377,9 @@ def build_attention(name: str, shape: MixerShape, **options: Any) -> Attention |
 
 
 def probe(spec: AttentionSpec, *, direction: Direction, options: Mapping[str, Any]) -> None:
-    """Run a user's attention once on four tokens, so that a wrong shape is a clear line before anything trains."""
+    """Run a user's attention once on four tokens, one of them padded, so that what it gets wrong is a clear line
+    before anything trains.
+    """
     shape = MixerShape(
         dim=16,
         num_heads=2,
@@ -379,7 +394,11 @@ def probe(spec: AttentionSpec, *, direction: Direction, options: Mapping[str, An
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             x = torch.randn(2, 2, 4, 8)
-            out = module(torch.randn(2, 4, 16)) if isinstance(module, SequenceMixer) else module(x, x, x)
+            mask = torch.tensor([[True] * 4, [True] * 3 + [False]])
+            if isinstance(module, SequenceMixer):
+                out = module(torch.randn(2, 4, 16), key_mask=mask)
+            else:
+                out = module(x, x, x, key_mask=mask)
     except HHBenchError:
         raise
     except Exception as error:

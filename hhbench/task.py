@@ -170,7 +170,7 @@ class TaskSpec:
 
 
 def _adopt(cls: type, name: str) -> TaskSpec:
-    if not issubclass(cls, Task):
+    if not (isinstance(cls, type) and issubclass(cls, Task)):
         raise UsageError(f"{name} is no hhbench.task.Task")
     return TaskSpec(cls)
 
@@ -180,7 +180,7 @@ TASKS: Registry[TaskSpec] = Registry("task", package="hhbench.tasks", entry_poin
 
 def register_task(cls: TaskT) -> TaskT:
     """Register a task under its `name`."""
-    TASKS.add(cls.name, TaskSpec(cls))
+    TASKS.add(cls.name, TaskSpec(cls), external=not cls.__module__.startswith("hhbench."))
     return cls
 
 
