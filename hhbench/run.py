@@ -166,12 +166,11 @@ def _check_machine(config: RunConfig) -> None:
         raise UsageError(f"--accelerator {name} --devices {count}: this machine has {available[name]} of them")
     if name == "auto" and 0 < torch.cuda.device_count() < count:
         raise UsageError(f"--devices {count}: this machine has {torch.cuda.device_count()} GPUs; add --accelerator cpu")
-    try:
-        config.out.mkdir(parents=True, exist_ok=True)
-        if not os.access(config.out, os.W_OK):
-            raise PermissionError(13, "Permission denied")
-    except OSError as error:
-        raise UsageError(f"--out {config.out} can't be written: {error.strerror}") from error
+    there = next(folder for folder in (config.out.absolute(), *config.out.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UsageError(
+            f"--out {config.out} can't be written: {there} is {'read-only' if there.is_dir() else 'a file'}"
+        )
 
 
 def run(config: RunConfig) -> Result:

@@ -202,7 +202,8 @@ class _Stage(lightning.LightningModule):
         raise NotImplementedError
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = torch.optim.AdamW(self.trained(), lr=self.schedule.lr)
+        # One kernel for all parameters: on a CPU the plain loop costs a fifth of a small encoder's step.
+        optimizer = torch.optim.AdamW(self.trained(), lr=self.schedule.lr, fused=self.device.type in ("cpu", "cuda"))
         total = int(self.trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.factor(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
