@@ -16,6 +16,7 @@ from hhbench.errors import HHBenchError, UsageError, unknown_name
 if TYPE_CHECKING:
     from hhbench.data import PackageFile
     from hhbench.result import Result
+    from hhbench.task import Task
 
 log = logging.getLogger("hhbench")
 
@@ -181,7 +182,7 @@ def _configs(args: argparse.Namespace) -> list[RunConfig]:
     """One config for each task and attention that was named, without its data sets."""
     fields = {field.name: field for field in dataclasses.fields(RunConfig)}
     values = _yaml_settings(args.config) if args.config else {}
-    allow_code = bool(args.allow_code or values.get("allow_code"))
+    allow_code = bool(args.allow_code)  # a file can't allow itself
     from_file = {name: str(values[name]) for name in ("attn", "task") if values.get(name)}
     for name, field in fields.items():
         given = getattr(args, name)
@@ -230,6 +231,8 @@ def _check_named_in_file(kind: str, names: str, *, allow_code: bool) -> None:
     from hhbench.task import TASKS
 
     for name in names.split(","):
+        if kind == "attn" and name == "all":
+            continue
         (ATTENTIONS if kind == "attn" else TASKS).get(name.strip(), allow_code=allow_code)
 
 
@@ -238,6 +241,7 @@ def _run(args: argparse.Namespace) -> int:
     from hhbench import cluster
 
     cluster.connect(configs[0])
+    from hhbench import data
     from hhbench.run import execute, expand, prepare
     from hhbench.train import rank
 
@@ -251,6 +255,9 @@ def _run(args: argparse.Namespace) -> int:
     if args.dry_run:
         log.info("dry run: %d run%s planned, nothing done", len(plans), "" if len(plans) == 1 else "s")
         return 0
+    for plan in plans:  # what a later run lacks is said before the first one trains
+        for file in plan.task.files(plan.config):
+            data.fetch(file)
     results = [execute(plan.given) for plan in plans]
     if told := os.environ.get("HHBENCH_RESULT_PATH"):
         if rank() == 0:
@@ -404,7 +411,7 @@ def _show(args: argparse.Namespace) -> int:
         _print_table(("setting", first.key, second.key), rows) if rows else print("the same key")
         return 0
     name = args.name[0]
-    if name in RECIPES:
+    if name in RECIPES and name not in ATTENTIONS.names():  # hedgehog and t2r are both
         print(f"{name}: {RECIPES[name].help}")
         return 0
     if name in TASKS.names():
@@ -433,7 +440,7 @@ def _show_attention(name: str) -> int:
 
     spec = ATTENTIONS.get(name)
     print(f"{spec.name}: {spec.part.__name__}, a {spec.rung} ({' and '.join(sorted(spec.directions))})")
-    print(f"paper: {spec.paper}\ncost per layer: {spec.cost}\nrecipe: {spec.recipe}\n")
+    print(f"paper: {spec.paper}\ncost per layer: {spec.cost}\nrecipe: {spec.recipe}, {RECIPES[spec.recipe].help}\n")
     print(inspect.getdoc(spec.part) or "")
     if spec.options:
         print("\noptions: " + ", ".join(f"{k}={v}" for k, v in spec.options.items()))
@@ -471,23 +478,24 @@ def _leaderboard(args: argparse.Namespace) -> int:
 # ---- data, doctor ----------------------------------------------------------------------------------------------
 
 
-def _files(names: Sequence[str]) -> "dict[str, tuple[PackageFile, list[str]]]":
-    """Files of the package registry by name, and the tasks that read each; of the named files, data sets or tasks."""
+def _needs(names: Sequence[str]) -> "list[tuple[Task, RunConfig, tuple[PackageFile, ...]]]":
+    """For every data set that is named by itself, by its task or by a file of it: its config and its pinned files."""
     from hhbench.run import prepare
     from hhbench.task import TASKS
 
-    found: dict[str, tuple[PackageFile, list[str]]] = {}
+    found: list[tuple[Task, RunConfig, tuple[PackageFile, ...]]] = []
     known: set[str] = set()
     for task_name in TASKS.names():
         task = TASKS.get(task_name).build()
         for name in task.datasets:
             preset = "mini" if name in task.suites["mini"] else "paper"
-            files = task.files(prepare(RunConfig(task=task_name, attn="softmax", dataset=name, preset=preset)).config)
-            known |= {task_name, name, *(f.name for f in files)}
-            for file in files:
-                if not names or {task_name, name, file.name} & set(names):
-                    users = found.setdefault(file.name, (file, []))[1]
-                    users += [task_name] if task_name not in users else []
+            config = prepare(RunConfig(task=task_name, attn="softmax", dataset=name, preset=preset)).config
+            files = task.files(config)
+            called = {task_name, name, *(f.name for f in files)}
+            known |= called
+            if not names or called & set(names):
+                files = tuple(f for f in files if not names or {task_name, name, f.name} & set(names))
+                found.append((task, config, files))
     for name in names:
         if name not in known:
             raise unknown_name("file, data set or task", name, known)
@@ -497,22 +505,28 @@ def _files(names: Sequence[str]) -> "dict[str, tuple[PackageFile, list[str]]]":
 def _data(args: argparse.Namespace) -> int:
     from hhbench import data
 
-    files = _files(args.name)
+    needs = _needs(args.name)
     if args.what == "fetch":
-        for file, _ in files.values():
+        for file in {file.name: file for _, _, files in needs for file in files}.values():
             print(f"{file.name}: {data.fetch(file)}")
-        if not files:
-            print(
-                "nothing to fetch: it is generated, shipped with a library, or comes from the hub when a run needs it"
-            )
+        for task, config, files in needs:
+            if not files and config.dataset in args.name:  # of the hub, or generated: into the libraries' own caches
+                task.build_model(config, task.load_data(config))
+                print(f"{config.dataset}: ready")
         return 0
-    states = {name: data.status(file) for name, (file, _) in files.items()}
+    users: dict[str, list[str]] = {}
+    states: dict[str, tuple[PackageFile, str]] = {}
+    for task, _, files in needs:
+        for file in files:
+            states[file.name] = (file, data.status(file))
+            users.setdefault(file.name, [])
+            users[file.name] += [task.name] if task.name not in users[file.name] else []
     _print_table(
         ("name", "status", "MB", "used by", "licence", "holds"),
-        ((n, states[n], f.megabytes, ", ".join(users), f.licence, f.holds) for n, (f, users) in files.items()),
+        ((n, state, f.megabytes, ", ".join(users[n]), f.licence, f.holds) for n, (f, state) in states.items()),
     )
     if args.what == "verify":
-        wrong = [name for name, state in states.items() if state == "corrupt"]
+        wrong = [name for name, (_, state) in states.items() if state == "corrupt"]
         if wrong:
             raise HHBenchError(f"damaged: {', '.join(wrong)}. Fetch again: hhbench data fetch {' '.join(wrong)}")
     return 0

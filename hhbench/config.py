@@ -5,6 +5,7 @@ is None is blank: the task's preset fills it. `resolve` in hhbench.run does that
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,11 +39,19 @@ RECIPES: Mapping[str, Recipe] = {
 
 
 def _positive(value: float) -> str | None:
-    return None if value > 0 else "must be above 0"
+    return None if 0 < value < math.inf else "must be above 0 and finite"
 
 
 def _not_negative(value: float) -> str | None:
-    return None if value >= 0 else "must not be negative"
+    return None if 0 <= value < math.inf else "must be finite and not negative"
+
+
+def _seed(value: float) -> str | None:
+    return None if 0 <= value < 2**32 else "must be at least 0 and below 2 ** 32"
+
+
+def _rates(values: Sequence[float]) -> str | None:
+    return None if all(0 < value < math.inf for value in values) else "must be above 0 and finite"
 
 
 def _fraction(value: float) -> str | None:
@@ -115,8 +124,8 @@ class RunConfig:
     option: tuple[tuple[str, Any], ...] = setting(
         "an option of the attention, name=value (repeatable)", default=(), type=_options
     )
-    seed: int = setting("of weights, data order and augmentation", default=0, type=int, check=_not_negative)
-    teacher_seed: int = setting("of the teacher that is converted", default=0, type=int, check=_not_negative)
+    seed: int = setting("of weights, data order and augmentation", default=0, type=int, check=_seed)
+    teacher_seed: int = setting("of the teacher that is converted", default=0, type=int, check=_seed)
 
     model: str | None = setting("the host: a model of transformers or timm, or a folder", group="model and data")
     max_len: int | None = setting("longest sequence in tokens", type=int, check=_positive, group="model and data")
@@ -156,6 +165,7 @@ class RunConfig:
         "learning rates to try, lr=1e-3,3e-3; the validation split picks",
         default=(),
         type=_numbers,
+        check=_rates,
         group="training",
     )
     precision: str = setting("Lightning's precision", default="32-true", choices=PRECISIONS, group="training")
@@ -263,11 +273,19 @@ def _converted(name: str, kind: Callable[[str], Any], value: Any) -> Any:
     """A YAML value as the field's own type."""
     if value is None:
         return None
-    if name == "option":
-        return tuple(sorted(value.items())) if isinstance(value, Mapping) else tuple(map(tuple, value))
-    if name == "tune":
-        return tuple(float(v) for v in value) if isinstance(value, list | tuple) else _numbers(str(value))
     try:
+        if name == "option":
+            if isinstance(value, str):
+                return _options(value)
+            return tuple(sorted(value.items())) if isinstance(value, Mapping) else tuple((k, v) for k, v in value)
+        if name == "tune":
+            return tuple(float(v) for v in value) if isinstance(value, list | tuple) else _numbers(str(value))
+        if kind is bool and not isinstance(value, bool):
+            raise ValueError("it is true or false")
+        if kind is int and int(value) != float(value):
+            raise ValueError("it must be whole")
         return kind(value)
-    except (TypeError, ValueError) as error:
+    except UsageError:
+        raise
+    except (TypeError, ValueError, OverflowError) as error:
         raise UsageError(f"{name} can't be {value!r}: {error}") from error

@@ -48,11 +48,22 @@ def _softmax_like(attention: Attention) -> Attention:
 def _query_blocks(
     q: Tensor, k: Tensor, key_mask: Tensor | None, causal: bool
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
-    """Queries in blocks, with the keys, the key mask and the mask of the queries [B, n] that go with them."""
-    N, M = q.shape[2], k.shape[2]
+    """Queries in blocks, with the keys, the key mask and the mask of the queries [B, n] that go with them.
+
+    A block's queries are the last of its keys' tokens, as the contract has it. Where every query sees every key, that
+    leaves blocks of whole rows of the batch.
+    """
+    B, N, M = q.shape[0], q.shape[2], k.shape[2]
+    if not causal:
+        size = max(1, B * QUERY_BLOCK // N)
+        for start in range(0, B, size):
+            rows = slice(start, start + size)
+            mask = None if key_mask is None else key_mask[rows]
+            yield q[rows], k[rows], mask, None if mask is None else mask[:, M - N :]
+        return
     for start in range(0, N, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, N)
-        seen = M - N + stop if causal else M  # a causal block's keys end with its last query
+        seen = M - N + stop  # a causal block's keys end with its last query
         mask = None if key_mask is None else key_mask[:, :seen]
         asked = None if key_mask is None else key_mask[:, M - N + start : M - N + stop]
         yield q[:, :, start:stop], k[:, :, :seen], mask, asked
@@ -113,9 +124,10 @@ class LayerFidelity:
     def __call__(self, slot: AttentionSlot, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         student = slot.attention
         teacher = _softmax_like(student)
+        precise = torch.float32 if q.device.type == "mps" else torch.float64  # Apple's MPS has no float64
         for block, keys, mask, attended in _query_blocks(q, k, key_mask, student.shape.causal):
-            target = teacher.weights(block, keys, key_mask=mask).double()
-            weights = student.weights(block, keys, key_mask=mask).double()
+            target = teacher.weights(block, keys, key_mask=mask).to(precise)
+            weights = student.weights(block, keys, key_mask=mask).to(precise)
             log_target, log_weights = target.clamp_min(TINY).log(), weights.clamp_min(TINY).log()
             self.kl += float(_mean_over_queries((target * (log_target - log_weights)).sum(-1), attended))
             self.teacher_entropy += float(_mean_over_queries(-(target * log_target).sum(-1), attended))

@@ -125,15 +125,14 @@ def convert(
             raise UsageError(f"no layer {index} to keep: the model has {len(layers)}, counted from 0")
     kept = {index % len(layers) for index in keep_layers}
     softmax = ATTENTIONS.get("softmax")
+    attentions: list[Attention] = []  # all of them before any is attached: a refused model stays as it was
     for index, layer in enumerate(layers):
         chosen, chosen_options = (softmax, {}) if index in kept else (spec, options)
         attention = chosen.build(layer.shape, **chosen_options)
         if isinstance(attention, SequenceMixer):
             raise UsageError(f"{spec.name} is a sequence mixer")
-        weight = next(layer.module.parameters())
-        if not weight.is_floating_point() or weight.element_size() < 2:
-            raise UsageError(f"{layer.name} has quantised weights ({weight.dtype}): load the model unquantised")
-        attention.to(weight.device).train(layer.module.training)
+        attentions.append(attention.to(_device_of(layer)).train(layer.module.training))
+    for layer, attention in zip(layers, attentions, strict=True):
         _attach(layer.module, attention)
     if isinstance(model, PreTrainedModel):
         model.set_attn_implementation(INTERFACE)
@@ -159,8 +158,19 @@ def host_layers(model: nn.Module) -> list[HostLayer]:
     return [HostLayer(name, module, _timm_shape(model, name, module)) for name, module in found]
 
 
+def _device_of(layer: HostLayer) -> torch.device:
+    """Where a layer's weights lie. Quantised ones are refused: they can't be finetuned."""
+    weights = list(layer.module.parameters())
+    for weight in weights:
+        if not weight.is_floating_point() or weight.element_size() < 2:
+            raise UsageError(f"{layer.name} has quantised weights ({weight.dtype}): load the model unquantised")
+    if not weights:
+        raise UsageError(f"{layer.name} shows no weights; if they are quantised, load the model unquantised")
+    return weights[0].device
+
+
 def _attach(module: nn.Module, attention: Attention) -> None:
-    module.add_module(_SLOT, AttentionSlot(attention))
+    module.add_module(_SLOT, AttentionSlot(attention).train(attention.training))
     if isinstance(module, TimmAttention):
         module.__class__ = _SlottedTimmAttention
 
@@ -180,6 +190,7 @@ def _attend(
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     output_attentions: bool | None = None,
+    output_hidden_states: bool | None = None,
     position_ids: Tensor | None = None,
     use_cache: bool | None = None,
     **other: Any,
@@ -224,6 +235,8 @@ def _padding_mask(
     attention_mask: Tensor | None = None,
     mask_function: Callable[..., Any] | None = None,
     kv_length: int = 0,
+    q_length: int = 0,
+    q_offset: int | Tensor | None = None,
     local_size: int | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
@@ -233,9 +246,16 @@ def _padding_mask(
     """
     del args, kwargs
     plain = mask_function in (causal_mask_function, bidirectional_mask_function, None)
-    if not plain and not (local_size is not None and local_size >= kv_length):
+    # A window's cache forgets what left the window: the tokens are counted, not its keys.
+    tokens = kv_length if q_offset is None else max(kv_length, int(q_offset) + q_length)
+    if not plain and not (local_size is not None and local_size >= tokens):
         what = f"a window of {local_size} tokens" if local_size is not None else "packed sequences or a mask of its own"
         raise UsageError(f"the model asks for {what}, which hhbench's attentions can't honour")
+    if q_offset is not None and kv_length > int(q_offset) + q_length:
+        raise UsageError(
+            f"the model has {int(q_offset) + q_length} tokens and a cache or a mask for {kv_length}: hhbench's "
+            "attentions take a cache that grows with the tokens, the library's default"
+        )
     if attention_mask is None or bool(attention_mask.all()):
         return None
     return attention_mask.bool()
@@ -290,7 +310,8 @@ def _transformers_layers(model: PreTrainedModel) -> list[HostLayer]:
 
     AttentionInterface.register(_PROBE, probe)
     AttentionMaskInterface.register(_PROBE, _padding_mask)
-    before, training = model.config._attn_implementation, model.training
+    before = model.config._attn_implementation
+    modes = {module: module.training for module in model.modules()}
     try:
         model.set_attn_implementation(_PROBE)
         # Training mode shows the dropout that the model passes; the generator is left as it was.
@@ -305,7 +326,8 @@ def _transformers_layers(model: PreTrainedModel) -> list[HostLayer]:
         ) from error
     finally:
         model.set_attn_implementation(before)
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
     if not layers:
         raise UsageError(f"{name} can't be a host: it computes its attention itself, past transformers' interface")
     if len({layer.name for layer in layers}) < len(layers):
@@ -576,8 +598,9 @@ def manifest(folder: Path) -> dict[str, Any]:
         raise HHBenchError(f"{folder} holds no hhbench model: hhbench.json is missing") from None
     except (OSError, ValueError) as error:
         raise HHBenchError(f"{path} can't be read: {error}") from error
-    if found.get("schema") != 1:
-        raise HHBenchError(f"{path} has schema {found.get('schema')!r}; this hhbench reads 1")
+    schema = found.get("schema") if isinstance(found, dict) else None
+    if schema != 1:
+        raise HHBenchError(f"{path} has schema {schema!r}; this hhbench reads 1")
     return found
 
 
@@ -595,14 +618,22 @@ def load(folder: str | Path, *, attn: str | None = None) -> nn.Module:
     if not (folder / "hhbench.json").exists() and (folder / "model" / "hhbench.json").exists():
         folder = folder / "model"
     found = manifest(folder)
-    weights = folder / "model.safetensors"
-    if not weights.is_file() or hashlib.sha256(weights.read_bytes()).hexdigest() != found["weights_sha256"]:
-        raise HHBenchError(f"{weights} is missing or damaged: its sha256 isn't the manifest's. Make the model again.")
-    model = HostRecipe(**found["host"]).build()
-    spec = ATTENTIONS.get(attn) if attn else ATTENTIONS.get(found["attention"]["name"], allow_code=False)
-    convert(model, spec, **found["attention"]["options"])
     try:
-        model.load_state_dict(load_file(weights))
+        sha256, recipe = found["weights_sha256"], HostRecipe(**found["host"])
+        name, options = found["attention"]["name"], found["attention"]["options"]
+    except (KeyError, TypeError) as error:
+        raise HHBenchError(f"{folder / 'hhbench.json'} lacks what describes a model: {error}") from error
+    weights = folder / "model.safetensors"
+    if not weights.is_file() or hashlib.sha256(weights.read_bytes()).hexdigest() != sha256:
+        raise HHBenchError(f"{weights} is missing or damaged: its sha256 isn't the manifest's. Make the model again.")
+    model = recipe.build()
+    convert(model, ATTENTIONS.get(attn) if attn else ATTENTIONS.get(name, allow_code=False), **options)
+    try:
+        state = load_file(weights)
+        for key, tensor in model.state_dict(keep_vars=True).items():
+            if key in state:
+                tensor.data = tensor.data.to(state[key].dtype)  # half precision comes back as it was saved
+        model.load_state_dict(state)
     except (RuntimeError, SafetensorError) as error:
         raise HHBenchError(f"{weights} doesn't fit the model that its manifest describes: {error}") from error
     return model.eval()

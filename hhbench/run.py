@@ -16,6 +16,7 @@ import re
 import resource
 import shutil
 import sys
+import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -34,7 +35,7 @@ from hhbench import hosts, result
 from hhbench.attention import ATTENTIONS, AttentionSpec, Direction, probe
 from hhbench.config import RECIPES, RunConfig
 from hhbench.distill import LayerFidelity, intercepted
-from hhbench.errors import HHBenchError, UsageError, unknown_name
+from hhbench.errors import HHBenchError, UsageError, in_one_line, unknown_name
 from hhbench.result import Cost, Fidelity, Identity, Result, Score, Teacher, Tuning
 from hhbench.task import TASKS, Task, TaskData
 from hhbench.train import (
@@ -139,8 +140,13 @@ def prepare(config: RunConfig) -> Plan:
         raise UsageError(f"{spec.name} has no q and k to convert; use --regime scratch")
     direction: Direction = "causal" if task.causal else "bidirectional"
     spec.check(direction=direction, options=config.options)
-    if spec.external:
-        probe(spec, direction=direction, options=config.options)
+    if spec.external or config.option:
+        try:
+            probe(spec, direction=direction, options=config.options)
+        except (TypeError, ValueError, RuntimeError) as error:  # an option of one of ours with a value of a wrong kind
+            if isinstance(error, HHBenchError):
+                raise
+            raise UsageError(f"{spec.label(config.options)} can't be built: {in_one_line(error)}") from error
     config = dataclasses.replace(
         config, regime=regime, recipe=None if regime == "scratch" else config.recipe or spec.recipe
     )
@@ -149,7 +155,10 @@ def prepare(config: RunConfig) -> Plan:
     if missing := set(blank) - {"recipe", "micro_batch_size"}:
         raise HHBenchError(f"the {config.preset} preset of {task.name} leaves {', '.join(sorted(missing))} blank")
     _check_machine(config)
-    return Plan(given, config, task, spec)
+    plan = Plan(given, config, task, spec)
+    if config.tune and not (plan.trains and config.epochs):
+        raise UsageError("--tune needs a stage that trains: this recipe has none, or --epochs is 0")
+    return plan
 
 
 def _check_machine(config: RunConfig) -> None:
@@ -191,12 +200,13 @@ def execute(config: RunConfig) -> tuple[Result, Path]:
     """
     from hhbench.cluster import launched_world, on_all_devices
 
+    plan = prepare(config)
     world = config.devices * config.num_nodes
     if world > 1 and launched_world() == 1:
+        config.out.mkdir(parents=True, exist_ok=True)
         return on_all_devices(config)
     if launched_world() != world:
         raise UsageError(f"the launcher started {launched_world()} processes; --devices x --num-nodes is {world}")
-    plan = prepare(config)
     under_way = _Run(plan)
     return under_way.result(), under_way.folder / result.FILE_NAME
 
@@ -218,6 +228,7 @@ class _Run:
         spec, task = self.plan.spec, self.task
         settings = self.config.identity()
         settings["dataset"] = self.task.dataset(str(self.config.dataset)).title  # a path differs between machines
+        settings["attn"] = spec.name  # and so does a user's file, which goes by its content
         return Identity(
             settings=settings,
             data=dict(self.data.hashes),
@@ -379,7 +390,7 @@ class _Run:
             return None
         higher = self.task.dataset(str(c.dataset)).higher_is_better
         start = copy.deepcopy(model.state_dict())
-        trials, best_state, best = [], start, -torch.inf
+        trials, best_state, best, picked = [], start, -torch.inf, c.tune[0]
         for lr in c.tune:
             model.load_state_dict(start)
             report = self._train_once(model, lr)
@@ -401,7 +412,10 @@ class _Run:
         model.train()
         stage = TrainStage(self.task, model, self.data, c, self._schedule(lr, float(c.epochs or 0)))
         title = "finetune" if self.plan.converts else "train"
-        return self._fit(stage, self.folder, title if not c.tune else f"{title} at {lr:g}", seed=c.seed)
+        if not c.tune:
+            return self._fit(stage, self.folder, title, seed=c.seed)
+        # A folder for each trial: --resume must not go on with another one's checkpoint.
+        return self._fit(stage, self.folder / f"lr-{lr:g}", f"{title} at {lr:g}", seed=c.seed)
 
     def _fit(self, stage: TrainStage, folder: Path, title: str, *, seed: int) -> StageReport:
         c = self.config
@@ -612,3 +626,13 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return f"{line.split(':', 1)[1].strip()}, {torch.get_num_threads()} threads"
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+class _Callable(types.ModuleType):
+    """`hhbench.run(config)`: importing this module puts it over the function of its name in the package."""
+
+    def __call__(self, config: RunConfig) -> Result:
+        return run(config)
+
+
+sys.modules[__name__].__class__ = _Callable

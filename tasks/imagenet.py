@@ -98,6 +98,8 @@ class ImageNet(Task):
         return super().dataset(name)
 
     def load_data(self, config: RunConfig) -> TaskData:
+        if config.model == DIGITS_MODEL and config.regime == "pretrained-conversion":
+            raise UsageError(f"{DIGITS_MODEL} has no pretrained weights: use finetuned-conversion, or scratch")
         if config.dataset == "digits":
             return _digits(config)
         if config.model == DIGITS_MODEL:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics import Metric, MetricCollection
+from torchmetrics.utilities import dim_zero_cat
 
 from hhbench import data, hosts
 from hhbench.config import RunConfig
@@ -151,7 +152,7 @@ class LanguageModelling(Task):
         targets = batch["labels"]
         losses = cross_entropy(logits.transpose(1, 2), targets, ignore_index=NO_TARGET, reduction="none")
         count = (targets != NO_TARGET).sum()
-        per_window = losses.detach().double().sum(-1)
+        per_window = losses.detach().sum(-1)
         return StepOutput(losses.sum(), int(count), (per_window.sum(), count, batch["num_words"]), per_window)
 
     def metrics(self, data: TaskData, config: RunConfig) -> MetricCollection:
@@ -162,23 +163,27 @@ class LanguageModelling(Task):
 
 
 class _Perplexity(Metric):
-    """exp(total loss / units), summed over batches and ranks before the exponential."""
+    """exp(total loss / units), summed over batches and ranks before the exponential.
 
-    loss: Tensor
-    count: Tensor
+    Batches' sums are kept apart and added up in float64 on the CPU: Apple's MPS has no float64.
+    """
+
+    loss: list[Tensor]
+    count: list[Tensor]
 
     def __init__(self, unit: str) -> None:
         super().__init__()
         self.unit = unit
-        self.add_state("loss", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("loss", [], dist_reduce_fx="cat")
+        self.add_state("count", [], dist_reduce_fx="cat")
 
     def update(self, loss: Tensor, tokens: Tensor, words: Tensor) -> None:
-        self.loss += loss
-        self.count += tokens if self.unit == "tokens" else words
+        self.loss.append(loss)
+        self.count.append(tokens if self.unit == "tokens" else words)
 
     def compute(self) -> Tensor:
-        return (self.loss / self.count).exp()
+        loss, count = dim_zero_cat(self.loss).cpu().double().sum(), dim_zero_cat(self.count).cpu().sum()
+        return (loss / count).exp()
 
 
 def _is_small(config: RunConfig) -> bool:

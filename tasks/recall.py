@@ -15,6 +15,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from hhbench import hosts
 from hhbench.config import RunConfig
 from hhbench.data import hash_text
+from hhbench.errors import UsageError
 from hhbench.task import Batch, Dataset, Example, Split, StepOutput, Task, TaskData, register_task
 
 NO_TARGET = -100
@@ -75,15 +76,20 @@ class Recall(Task):
     def load_data(self, config: RunConfig) -> TaskData:
         make = {"ar": associative_recall, "mqar": multi_query_recall}[str(config.dataset)]
         length, vocab = int(config.max_len or 0), vocabulary(config)
+        if length < 4:
+            raise UsageError(f"--max-len {length} has no room to show a key and ask for it: 4 at least")
+        for name in ("train_examples", "test_examples"):
+            if not getattr(config, name):
+                raise UsageError(f"--{name.replace('_', '-')} 0: there is no end of generated examples; say how many")
 
         def split(count: int, seed: int) -> Split:
             tokens, targets = make(count, length=length, vocab=vocab, generator=torch.Generator().manual_seed(seed))
             return Split(list(zip(tokens, targets, strict=True)), [length] * count)  # type: ignore[arg-type]
 
         tests = int(config.test_examples or 0)
-        # The data is a function of its seed: the test set is the same for every run, and no run trains on it.
+        # The same data for every seed of a run, so that seeds can share a teacher; no run trains on the test set.
         return TaskData(
-            train=split(int(config.train_examples or 0), 1_000 + config.seed),
+            train=split(int(config.train_examples or 0), 1_000),
             validation=split(min(tests, 1_000), 1),
             tests={"test": split(tests, 0)},
             collate=_collate,
@@ -113,7 +119,7 @@ class Recall(Task):
 
 def vocabulary(config: RunConfig) -> int:
     """Tokens: half are keys, half are values. As many keys as the longest sequence can ask about."""
-    return 40 if config.dataset == "ar" else 64
+    return 40 if config.dataset == "ar" else max(64, 2 * (int(config.max_len or 0) // 4))
 
 
 def associative_recall(count: int, *, length: int, vocab: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

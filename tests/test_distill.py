@@ -1,0 +1,437 @@
+"""Attention transfer: what is taught, that nothing else changes, and the numbers of the fidelity report."""
+
+import copy
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor, nn
+
+from hhbench import distill, hosts
+from hhbench.attention import Attention, MixerShape, build_attention
+from hhbench.distill import LayerFidelity, TransferLoss, intercepted
+from hhbench.hosts import AttentionSlot
+from hhbench.train import encode
+
+VOCAB, LENGTH = 30, 12
+
+
+def make_host(family: str, layers: int, attn: str, **options: Any) -> nn.Module:
+    """A host whose attention is far from uniform, with freshly converted layers."""
+    settings = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+    }
+    if family == "bert":
+        model: nn.Module = tf.BertForMaskedLM(tf.BertConfig(**settings))
+    else:
+        settings |= {"num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None}
+        model = tf.LlamaForCausalLM(tf.LlamaConfig(**settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(8)
+    return hosts.convert(model, attn, **options).eval()
+
+
+def make_inputs(mask: str = "right") -> dict[str, Tensor]:
+    ids = torch.randint(2, VOCAB, (4, LENGTH))
+    lengths = torch.tensor([[LENGTH], [7], [3], [1]])
+    tokens = torch.arange(LENGTH)
+    attended = {"all": tokens >= 0 * lengths, "right": tokens < lengths, "left": tokens >= LENGTH - lengths}[mask]
+    return {"input_ids": ids, "attention_mask": attended.long(), "position_ids": hosts.position_ids(attended)}
+
+
+def num_queries(inputs: dict[str, Tensor]) -> int:
+    return int(inputs["attention_mask"].sum())
+
+
+def backward(model: nn.Module, inputs: dict[str, Tensor], *, weight: float = 1.0) -> dict[str, TransferLoss]:
+    """One pass of attention transfer: gradients lie in the maps afterwards."""
+    losses = {name: TransferLoss(weight=weight) for name in hosts.slots(model)}
+    with torch.no_grad(), intercepted(model, dict(losses)):
+        encode(model, inputs)
+    return losses
+
+
+def teach(model: nn.Module, inputs: dict[str, Tensor], *, steps: int) -> None:
+    optimizer = torch.optim.AdamW(hosts.attention_parameters(model), lr=3e-2, weight_decay=0.0)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        backward(model, inputs, weight=1 / num_queries(inputs))
+        optimizer.step()
+
+
+@torch.no_grad()
+def fidelity(model: nn.Module, inputs: dict[str, Tensor]) -> list[tuple[float, float, float]]:
+    layers = {name: LayerFidelity() for name in hosts.slots(model)}
+    with intercepted(model, dict(layers)):
+        encode(model, inputs)
+    return [layer.means() for layer in layers.values()]
+
+
+def watched(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """q, k, v and the mask that each layer gets while softmax's output is passed on."""
+    seen: dict[str, tuple[Tensor, Tensor, Tensor, Tensor | None]] = {}
+
+    def watch(name: str) -> hosts.Interceptor:
+        def interceptor(slot: AttentionSlot, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+            seen[name] = (q, k, v, key_mask)
+            return build_attention("softmax", slot.attention.shape).eval()(q, k, v, key_mask=key_mask)
+
+        return interceptor
+
+    with torch.no_grad(), intercepted(model, {name: watch(name) for name in hosts.slots(model)}):
+        encode(model, inputs)
+    return seen
+
+
+# --- the whole of it ---
+
+
+@pytest.mark.parametrize("attn", ["hedgehog", "t2r"])
+@pytest.mark.parametrize("family,layers", itertools.product(["bert", "llama"], [1, 3]))
+def test_transfer_brings_the_maps_to_softmax_and_changes_nothing_else(family, layers, attn):
+    model, inputs = make_host(family, layers, attn), make_inputs()
+    before = fidelity(model, inputs)
+    assert min(kl for kl, _, _ in before) > 0.03
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    teach(model, inputs, steps=40)
+    after = fidelity(model, inputs)
+    for (kl_before, teacher, _), (kl_after, same_teacher, _) in zip(before, after, strict=True):
+        assert 0 <= kl_after <= 0.7 * kl_before
+        assert teacher == same_teacher  # each layer sees what softmax would have passed on
+    added = {id(p) for p in hosts.attention_parameters(model)}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        assert torch.equal(tensor, state[name]) == (id(tensor) not in added), name
+        assert id(tensor) in added or tensor.grad is None, name
+
+
+def test_the_softmax_model_s_hidden_states_are_passed_on():
+    for family, attn in itertools.product(["bert", "llama"], ["hedgehog", "t2r", "elu"]):
+        model, inputs = make_host(family, 3, attn), make_inputs()
+        softmax = hosts.convert(copy.deepcopy(model), "softmax")
+        hidden = []
+        for measured in (softmax, model):
+            layers = {} if measured is softmax else {name: LayerFidelity() for name in hosts.slots(model)}
+            with torch.no_grad(), intercepted(measured, layers):
+                hidden.append(measured(**inputs, output_hidden_states=True).hidden_states)
+        assert all(torch.equal(one, other) for one, other in zip(*hidden, strict=True))
+        if attn == "elu":
+            continue  # nothing to teach
+        with torch.no_grad(), intercepted(model, {name: TransferLoss() for name in hosts.slots(model)}):
+            taught = model(**inputs, output_hidden_states=True).hidden_states
+        assert all(torch.equal(one, other) for one, other in zip(taught, hidden[0], strict=True))
+
+
+# --- the gradient ---
+
+
+def features(attn: str, feature_map: nn.Module, x: Tensor) -> Tensor:
+    """The maps of hedgehog and t2r, written again."""
+    if attn == "hedgehog":
+        y = torch.einsum("bhnd,hdf->bhnf", x, feature_map.weight)
+        return torch.cat([y.softmax(-1), (-y).softmax(-1)], dim=-1)
+    return (torch.einsum("bhnd,hdf->bhnf", x, feature_map.weight) + feature_map.bias).relu()
+
+
+def loss_by_hand(attn: str, attention: Any, q: Tensor, k: Tensor, key_mask: Tensor) -> Tensor:
+    """Sum over attended queries of the mean over heads of the soft cross-entropy, one graph and no blocks."""
+    shape = attention.shape
+    k = k.repeat_interleave(shape.num_heads // shape.num_kv_heads, dim=1)
+    visible = key_mask[:, None, None, :].expand(-1, 1, q.shape[2], -1)
+    if shape.causal:
+        visible = visible.tril()
+    scores = (q @ k.mT * shape.scale).masked_fill(~visible, -1e300)
+    target = scores.softmax(-1)
+    mapped_q = features(attn, attention.query_map, q).clamp_min(1e-12)
+    mapped_k = features(attn, attention.key_map, k).clamp_min(1e-12)
+    products = (mapped_q @ mapped_k.mT).masked_fill(~visible, 0.0)
+    attended = key_mask[:, None, :].expand(products.shape[:3])
+    entropy = torch.zeros((), dtype=q.dtype)
+    for b, h, i in attended.nonzero().tolist():
+        sees = visible[b, 0, i]
+        weights = products[b, h, i][sees] / products[b, h, i][sees].sum()
+        entropy = entropy - (target[b, h, i][sees] * weights.log()).sum()
+    return entropy / shape.num_heads
+
+
+@pytest.mark.parametrize("attn", ["hedgehog", "t2r"])
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("mask", ["all", "right", "left"])
+def test_the_gradient_is_that_of_the_loss_in_one_graph(family, attn, mask, monkeypatch):
+    model, inputs = make_host(family, 2, attn).double(), make_inputs(mask)
+    with torch.no_grad():
+        for parameter in hosts.attention_parameters(model):
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    seen = watched(model, inputs)
+    key_mask = inputs["attention_mask"].bool()
+    weight = 0.37
+    losses, parameters = {}, hosts.attention_parameters(model)
+    for name, slot in hosts.slots(model).items():
+        q, k, _, _ = seen[name]
+        losses[name] = loss_by_hand(attn, slot.attention, q, k, key_mask)
+    expected = torch.autograd.grad(weight * sum(losses.values()), parameters)
+    for block in (256, 5, 1):
+        monkeypatch.setattr(distill, "QUERY_BLOCK", block)
+        model.zero_grad()
+        found = backward(model, inputs, weight=weight)
+        for name, loss in losses.items():
+            assert float(found[name].total) == pytest.approx(float(loss.detach()), abs=1e-9)
+        for parameter, gradient in zip(parameters, expected, strict=True):
+            assert gradient.abs().max() > 0
+            torch.testing.assert_close(parameter.grad, gradient, atol=1e-10, rtol=1e-10)
+
+
+def test_padding_changes_no_gradient():
+    model = make_host("llama", 2, "hedgehog").double()
+    ids = torch.randint(2, VOCAB, (1, 7))
+    alone = {"input_ids": ids, "attention_mask": torch.ones(1, 7).long(), "position_ids": torch.arange(7)[None]}
+    backward(model, alone)
+    expected = [p.grad.clone() for p in hosts.attention_parameters(model)]
+    for left, right in ((3, 0), (0, 4)):
+        mask = torch.tensor([[0] * left + [1] * 7 + [0] * right])
+        noise = torch.randint(2, VOCAB, (1, 7 + left + right))
+        noise[:, left : left + 7] = ids
+        model.zero_grad()
+        backward(model, {"input_ids": noise, "attention_mask": mask, "position_ids": hosts.position_ids(mask)})
+        for parameter, gradient in zip(hosts.attention_parameters(model), expected, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, atol=1e-10, rtol=1e-10)
+
+
+class Gate(Attention):
+    """A mean of the values so far, gated by the query: no weights."""
+
+    has_weights = False
+
+    def __init__(self, shape: MixerShape) -> None:
+        super().__init__(shape)
+        self.gain = nn.Parameter(torch.ones(shape.num_heads, 1, shape.head_dim))
+
+    def forward(self, q, k, v, *, key_mask=None, positions=None):
+        if key_mask is not None:
+            v = v.masked_fill(~key_mask[:, None, :, None], 0.0)
+        return (q * self.gain).sigmoid() * v.cumsum(2)
+
+
+def make_slot(attention: Attention) -> AttentionSlot:
+    return AttentionSlot(attention)
+
+
+def random_qkv(shape: MixerShape, batch: int = 2, length: int = 6) -> list[Tensor]:
+    return [torch.randn(batch, shape.num_heads, length, shape.head_dim, dtype=torch.float64) for _ in range(3)]
+
+
+def test_an_attention_without_weights_learns_the_output(make_shape):
+    shape = make_shape()
+    slot = make_slot(Gate(shape).double())
+    q, k, v = random_qkv(shape)
+    key_mask = torch.arange(6) < torch.tensor([[6], [4]])
+    loss = TransferLoss(weight=0.5)
+    with torch.no_grad():
+        out = loss(slot, q, k, v, key_mask)
+    softmax = build_attention("softmax", shape)(q, k, v, key_mask=key_mask)
+    assert torch.equal(out, softmax)
+    errors = (slot.attention(q, k, v, key_mask=key_mask) - softmax).square().mean(-1)
+    by_hand = errors.mean(1)[key_mask].sum()
+    assert float(loss.total) == pytest.approx(float(by_hand.detach()), abs=1e-12)
+    (expected,) = torch.autograd.grad(0.5 * by_hand, [slot.attention.gain])
+    torch.testing.assert_close(slot.attention.gain.grad, expected, atol=1e-12, rtol=0)
+
+
+def test_the_teacher_drops_nothing_out(make_shape):
+    shape = make_shape(dropout=0.5)
+    slot = make_slot(build_attention("hedgehog", shape).double()).train()
+    q, k, v = random_qkv(shape)
+    loss = TransferLoss()
+    outputs = [loss(slot, q, k, v, None) for _ in range(2)]
+    assert torch.equal(*outputs)
+    assert slot.training
+
+
+# --- memory ---
+
+
+class Saved:
+    """What autograd keeps for backward, in bytes, now and at most."""
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+
+    def measure(self, model: nn.Module, inputs: dict[str, Tensor]) -> int:
+        counter = self
+
+        class Kept:
+            def __init__(self, tensor: Tensor) -> None:
+                self.tensor = tensor
+                counter.now += tensor.numel() * tensor.element_size()
+                counter.peak = max(counter.peak, counter.now)
+
+            def __del__(self) -> None:
+                counter.now -= self.tensor.numel() * self.tensor.element_size()
+
+        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+            backward(model, inputs)
+        return self.peak
+
+
+def test_memory_does_not_grow_with_depth(monkeypatch):
+    inputs = make_inputs()
+    peaks = {layers: Saved() for layers in (1, 6)}
+    for layers, saved in peaks.items():
+        assert saved.measure(make_host("llama", layers, "hedgehog"), inputs) > 0
+        assert saved.now == 0  # nothing is left after the pass
+    assert peaks[6].peak == peaks[1].peak
+    monkeypatch.setattr(distill, "QUERY_BLOCK", 2)
+    assert Saved().measure(make_host("llama", 6, "hedgehog"), inputs) < peaks[1].peak
+
+
+def test_no_graph_hangs_off_the_output():
+    model, inputs = make_host("llama", 2, "hedgehog"), make_inputs()
+    losses = {name: TransferLoss() for name in hosts.slots(model)}
+    with torch.no_grad(), intercepted(model, dict(losses)):
+        assert not model(**inputs).logits.requires_grad
+    assert not any(loss.total.requires_grad for loss in losses.values())
+
+
+# --- interceptors ---
+
+
+def test_interceptors_are_gone_afterwards():
+    model, inputs = make_host("bert", 2, "hedgehog"), make_inputs()
+    first, second = hosts.slots(model)
+
+    def fail(*args: Any) -> Tensor:
+        raise RuntimeError("no")
+
+    with intercepted(model, {second: fail}):
+        assert hosts.slots(model)[first].interceptor is None
+        assert hosts.slots(model)[second].interceptor is fail
+    assert all(slot.interceptor is None for slot in hosts.slots(model).values())
+    with pytest.raises(RuntimeError, match="no"), intercepted(model, {first: LayerFidelity(), second: fail}):
+        encode(model, inputs)
+    assert all(slot.interceptor is None for slot in hosts.slots(model).values())
+    with pytest.raises(KeyError), intercepted(model, {first: fail, "no such layer": fail}):
+        pass
+    assert all(slot.interceptor is None for slot in hosts.slots(model).values())
+
+
+# --- the numbers of the report ---
+
+
+class Even(Attention):
+    """Every key that may be seen has the same weight."""
+
+    def forward(self, q, k, v, *, key_mask=None, positions=None):
+        return self.weights(q, k, key_mask=key_mask) @ v
+
+    def weights(self, q, k, *, key_mask=None, positions=None):
+        visible = torch.ones(*q.shape[:3], k.shape[2], dtype=q.dtype)
+        if self.shape.causal:
+            visible = visible.tril(k.shape[2] - q.shape[2])
+        if key_mask is not None:
+            visible = visible * key_mask[:, None, None, :]
+        return visible / visible.sum(-1, keepdim=True).clamp_min(1)
+
+
+ODDS = torch.tensor([[[1.0, 1, 2], [2, 1, 1], [1, 2, 1]], [[1, 1, 1], [1, 3, 1], [1, 1, 1]]])  # of two heads
+
+
+def odds_qk() -> tuple[Tensor, Tensor]:
+    """q and k whose softmax at scale 1 gives each key a weight in proportion to its odds."""
+    q = torch.eye(3).expand(1, 2, 3, 3)
+    return q, ODDS.log().mT[None]
+
+
+def entropy(*weights: float) -> float:
+    return -sum(w * math.log(w) for w in weights)
+
+
+def measured(causal: bool, mask: list[bool] | None, make_shape: Any) -> LayerFidelity:
+    shape = make_shape(head_dim=3, scale=1.0, causal=causal)
+    q, k = odds_qk()
+    layer, v = LayerFidelity(), torch.randn(1, 2, 3, 3)
+    key_mask = None if mask is None else torch.tensor([mask])
+    out = layer(make_slot(Even(shape)), q, k, v, key_mask)
+    torch.testing.assert_close(out, build_attention("softmax", shape)(q, k, v, key_mask=key_mask))
+    return layer
+
+
+@pytest.mark.parametrize("block", [256, 2, 1])
+def test_three_tokens_by_hand(make_shape, monkeypatch, block):
+    monkeypatch.setattr(distill, "QUERY_BLOCK", block)
+    quarter, fifths, third = entropy(0.25, 0.25, 0.5), entropy(0.2, 0.6, 0.2), math.log(3)
+    layer = measured(False, None, make_shape)
+    teacher = (3 * quarter + third + fifths + third) / 6
+    assert layer.queries == 3
+    assert layer.means() == pytest.approx((third - teacher, teacher, third), abs=1e-6)
+
+    # Causal: rows see 1, 2 and 3 keys.
+    layer = measured(True, None, make_shape)
+    teacher = (0 + entropy(2 / 3, 1 / 3) + quarter + 0 + entropy(0.25, 0.75) + third) / 6
+    student = (0 + math.log(2) + third) / 3
+    assert layer.queries == 3
+    assert layer.means() == pytest.approx((student - teacher, teacher, student), abs=1e-6)
+
+    # The last token is padding: neither a key nor a query.
+    layer = measured(False, [True, True, False], make_shape)
+    teacher = (math.log(2) + entropy(2 / 3, 1 / 3) + math.log(2) + entropy(0.25, 0.75)) / 4
+    assert layer.queries == 2
+    assert layer.means() == pytest.approx((math.log(2) - teacher, teacher, math.log(2)), abs=1e-6)
+
+    # The first one is, causal: one row of one key, one row of two.
+    layer = measured(True, [False, True, True], make_shape)
+    teacher = (0 + entropy(2 / 3, 1 / 3) + 0 + math.log(2)) / 4
+    assert layer.queries == 2
+    assert layer.means() == pytest.approx((math.log(2) / 2 - teacher, teacher, math.log(2) / 2), abs=1e-6)
+
+
+def test_batches_add_up(make_shape):
+    """A mean per query: a longer batch counts for more."""
+    shape = make_shape(head_dim=3, scale=1.0, causal=False)
+    slot, layer = make_slot(Even(shape)), LayerFidelity()
+    assert layer.means() == (0.0, 0.0, 0.0)
+    q, k = odds_qk()
+    v = torch.zeros(1, 2, 3, 3)
+    layer(slot, q, k, v, None)
+    alone = layer.means()
+    layer(slot, q, torch.zeros_like(k), v, torch.tensor([[True, False, False]]))
+    assert layer.queries == 4
+    assert layer.means() == pytest.approx([0.75 * value for value in alone], abs=1e-6)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("mask", ["all", "right", "left"])
+def test_softmax_is_faithful_to_itself(family, mask):
+    for kl, teacher, student in fidelity(make_host(family, 2, "softmax"), make_inputs(mask)):
+        assert abs(kl) <= 1e-6
+        assert teacher == student > 0.1
+
+
+def test_padding_is_no_part_of_the_report():
+    model = make_host("llama", 2, "hedgehog").double()
+    ids = torch.randint(2, VOCAB, (1, 7))
+    alone = {"input_ids": ids, "attention_mask": torch.ones(1, 7).long(), "position_ids": torch.arange(7)[None]}
+    expected = fidelity(model, alone)
+    for left, right in ((3, 0), (0, 4)):
+        mask = torch.tensor([[0] * left + [1] * 7 + [0] * right])
+        noise = torch.randint(2, VOCAB, (1, 7 + left + right))
+        noise[:, left : left + 7] = ids
+        padded = {"input_ids": noise, "attention_mask": mask, "position_ids": hosts.position_ids(mask)}
+        for found, wanted in zip(fidelity(model, padded), expected, strict=True):
+            assert found == pytest.approx(wanted, abs=1e-10)
+
+
+def test_the_loss_is_the_divergence_and_the_entropy():
+    model, inputs = make_host("llama", 2, "hedgehog").double(), make_inputs()
+    losses = backward(model, inputs)
+    for loss, (kl, teacher, _) in zip(losses.values(), fidelity(model, inputs), strict=True):
+        assert float(loss.total) / num_queries(inputs) == pytest.approx(kl + teacher, abs=1e-6)

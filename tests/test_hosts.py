@@ -1,0 +1,826 @@
+"""Hosts: with softmax they stay the library's models, padding changes nothing, and what can't be hosted is named."""
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import transformers as tf
+from timm.layers import Attention as TimmAttention
+from torch import Tensor, nn
+
+from hhbench import hosts
+from hhbench.attention import ATTENTIONS, MixerShape
+from hhbench.errors import DataError, HHBenchError, UsageError
+
+VOCAB, PAD = 30, 1
+TEXT = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "pad_token_id": PAD,
+}
+DECODER = TEXT | {"num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None}
+IMAGE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "image_size": 16,
+    "patch_size": 4,
+}
+TIMM = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 4, "num_classes": 5}
+
+
+def distilbert(**settings: Any) -> nn.Module:
+    return tf.DistilBertForMaskedLM(
+        tf.DistilBertConfig(
+            vocab_size=VOCAB,
+            dim=32,
+            n_layers=2,
+            n_heads=4,
+            hidden_dim=48,
+            max_position_embeddings=64,
+            pad_token_id=PAD,
+            **settings,
+        )
+    )
+
+
+def gpt2(**settings: Any) -> nn.Module:
+    return tf.GPT2LMHeadModel(
+        tf.GPT2Config(
+            vocab_size=VOCAB,
+            n_positions=64,
+            n_layer=2,
+            n_embd=32,
+            n_head=4,
+            bos_token_id=None,
+            eos_token_id=None,
+            **settings,
+        )
+    )
+
+
+def llama(**settings: Any) -> nn.Module:
+    return tf.LlamaForCausalLM(tf.LlamaConfig(**DECODER | settings))
+
+
+def bert(**settings: Any) -> nn.Module:
+    return tf.BertForMaskedLM(tf.BertConfig(**TEXT | settings))
+
+
+def mistral(**settings: Any) -> nn.Module:
+    return tf.MistralForCausalLM(tf.MistralConfig(**DECODER | settings))
+
+
+SHAPE = MixerShape(dim=32, num_heads=4, num_kv_heads=4, head_dim=8, scale=8**-0.5, max_len=64, causal=False)
+ENCODERS: dict[str, Callable[[], nn.Module]] = {
+    "bert": bert,
+    "roberta": lambda: tf.RobertaForMaskedLM(tf.RobertaConfig(**TEXT)),
+    "distilbert": distilbert,
+}
+DECODERS: dict[str, Callable[[], nn.Module]] = {
+    "gpt2": gpt2,
+    "llama": llama,
+    "qwen3": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**DECODER, head_dim=16)),
+    "mistral": lambda: mistral(sliding_window=64),
+}
+IMAGES: dict[str, Callable[[], nn.Module]] = {
+    "vit": lambda: tf.ViTForImageClassification(tf.ViTConfig(**IMAGE)),
+    "dinov2": lambda: tf.Dinov2ForImageClassification(tf.Dinov2Config(**IMAGE)),
+    "timm-vit": lambda: timm.create_model("vit_tiny_patch16_224", **TIMM),
+    "timm-deit": lambda: timm.create_model("deit_tiny_distilled_patch16_224", **TIMM),
+}
+HOSTS = ENCODERS | DECODERS | IMAGES
+SHAPES = {
+    "bert": replace(SHAPE, dropout=0.1),
+    "roberta": replace(SHAPE, dropout=0.1),
+    "distilbert": replace(SHAPE, dropout=0.1),
+    "gpt2": replace(SHAPE, causal=True, dropout=0.1),
+    "llama": replace(SHAPE, causal=True, num_kv_heads=2),
+    "qwen3": replace(SHAPE, causal=True, num_kv_heads=2, head_dim=16, scale=0.25),
+    "mistral": replace(SHAPE, causal=True, num_kv_heads=2),
+    "vit": replace(SHAPE, max_len=17),
+    "dinov2": replace(SHAPE, max_len=17),
+    "timm-vit": replace(SHAPE, max_len=17),
+    "timm-deit": replace(SHAPE, max_len=18),
+}
+
+every_host = pytest.mark.parametrize("host", HOSTS)
+
+
+def images(name: str, batch: int = 2) -> Tensor:
+    size = TIMM["img_size"] if name.startswith("timm") else IMAGE["image_size"]
+    return torch.randn(batch, 3, size, size)
+
+
+def logits(model: nn.Module, *args: Any, **inputs: Any) -> Tensor:
+    with torch.no_grad():
+        out = model(*args, **inputs)
+    return out if isinstance(out, Tensor) else out.logits
+
+
+def spread(model: nn.Module) -> nn.Module:
+    """Weights large enough that attention is far from uniform, and maps that are no identity."""
+    added = {id(p) for p in hosts.attention_parameters(model)}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if id(parameter) in added:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            elif parameter.ndim == 2:
+                parameter.mul_(6)
+    return model
+
+
+def padded_batch(lengths: list[int], side: str, *, garbage: bool = False) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Sequences, the same padded on a side [B, N], and the mask int64 [B, N]."""
+    sequences = [torch.randint(2, VOCAB, (length,)) for length in lengths]
+    N = max(lengths) + 2
+    ids, mask = torch.full((len(lengths), N), PAD), torch.zeros(len(lengths), N, dtype=torch.long)
+    if garbage:
+        ids = torch.randint(0, VOCAB, ids.shape)
+    for row, sequence in enumerate(sequences):
+        tokens = slice(N - len(sequence), N) if side == "left" else slice(0, len(sequence))
+        ids[row, tokens], mask[row, tokens] = sequence, 1
+    return sequences, ids, mask
+
+
+# --- softmax changes nothing ---
+
+
+@pytest.mark.parametrize("host", ENCODERS | DECODERS)
+@pytest.mark.parametrize("side", ["none", "right", "left"])
+def test_with_softmax_a_text_model_is_the_library_s_own(host, side):
+    model = spread(HOSTS[host]()).eval()
+    if side == "none":
+        ids = torch.randint(2, VOCAB, (2, 9))
+        inputs, mask = {"input_ids": ids}, torch.ones_like(ids)
+    else:
+        _, ids, mask = padded_batch([5, 9, 2], side)
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if host in DECODERS:
+            inputs["position_ids"] = hosts.position_ids(mask)
+    expected = logits(model, **inputs)
+    found = logits(hosts.convert(model, "softmax"), **inputs)
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=0)
+    assert found.isfinite().all()
+    assert expected.std() > 0.1  # not a comparison of zeros
+
+
+@pytest.mark.parametrize("host", IMAGES)
+def test_with_softmax_an_image_model_is_the_library_s_own(host):
+    model, x = spread(IMAGES[host]()).eval(), images(host)
+    expected = logits(model, x)
+    torch.testing.assert_close(logits(hosts.convert(model, "softmax"), x), expected, atol=1e-5, rtol=0)
+    assert expected.std() > 0.1
+
+
+def test_a_timm_block_keeps_its_norms_and_its_gate():
+    model = timm.create_model("vit_tiny_patch16_224", **TIMM, qk_norm=True, scale_attn_norm=True)
+    for block in model.blocks:
+        block.attn.gate = nn.Linear(32, 32)
+    spread(model).eval()
+    x = images("timm-vit")
+    expected = logits(model, x)
+    torch.testing.assert_close(logits(hosts.convert(model, "softmax"), x), expected, atol=1e-5, rtol=0)
+
+
+@every_host
+def test_another_attention_gives_another_output_and_gradients(host):
+    """The comparisons above would pass for a conversion that does nothing."""
+    model = spread(HOSTS[host]()).eval()
+    inputs = {} if host in IMAGES else {"input_ids": torch.randint(2, VOCAB, (2, 9))}
+    args = [images(host)] if host in IMAGES else []
+    before = logits(model, *args, **inputs)
+    hosts.convert(model, "hedgehog")
+    out = model(*args, **inputs)
+    out = out if isinstance(out, Tensor) else out.logits
+    assert (out - before).abs().max() > 1e-3
+    (out * torch.randn_like(out)).sum().backward()
+    added = hosts.attention_parameters(model)
+    assert len(added) == 2 * len(hosts.slots(model)) == 4
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in added)
+
+
+# --- what is read off a host ---
+
+
+@every_host
+def test_the_shape_is_read_off_the_layers(host):
+    model = HOSTS[host]()
+    layers = hosts.host_layers(model)
+    assert [layer.shape for layer in layers] == [SHAPES[host]] * 2
+    modules = dict(model.named_modules())
+    assert all(modules[layer.name] is layer.module for layer in layers)
+    hosts.convert(model, "softmax")
+    assert [layer.name for layer in hosts.host_layers(model)] == list(hosts.slots(model)) == [x.name for x in layers]
+    assert [layer.shape for layer in hosts.host_layers(model)] == [SHAPES[host]] * 2
+
+
+def test_scale_and_dropout_come_from_the_layer():
+    unscaled = hosts.host_layers(gpt2(scale_attn_weights=False, attn_pdrop=0.3))[0].shape
+    assert (unscaled.scale, unscaled.dropout) == (1.0, 0.3)
+    by_layer = hosts.host_layers(gpt2(scale_attn_by_inverse_layer_idx=True))
+    assert [layer.shape.scale for layer in by_layer] == pytest.approx([8**-0.5, 8**-0.5 / 2])
+    vit = timm.create_model("vit_tiny_patch16_224", **TIMM, attn_drop_rate=0.2)
+    assert hosts.host_layers(vit)[0].shape.dropout == 0.2
+
+
+def test_layers_that_differ_keep_their_own_scale():
+    model = spread(gpt2(scale_attn_by_inverse_layer_idx=True)).eval()
+    ids = torch.randint(2, VOCAB, (2, 9))
+    expected = logits(model, input_ids=ids)
+    torch.testing.assert_close(logits(hosts.convert(model, "softmax"), input_ids=ids), expected, atol=1e-5, rtol=0)
+
+
+# --- conversion leaves the rest alone ---
+
+
+@every_host
+@pytest.mark.parametrize("training", [True, False])
+def test_looking_at_a_host_changes_nothing(host, training):
+    model = HOSTS[host]().train(training)
+    list(model.modules())[-1].train(not training)
+    modes = [module.training for module in model.modules()]
+    implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    state = torch.get_rng_state()
+    hosts.host_layers(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert getattr(getattr(model, "config", None), "_attn_implementation", None) == implementation
+    assert not hosts.slots(model)
+    assert all(p.grad is None for p in model.parameters())
+    assert [module.training for module in model.modules()] == modes
+
+
+@every_host
+@pytest.mark.parametrize("training", [True, False])
+def test_conversion_draws_nothing_and_keeps_the_mode(host, training):
+    model = HOSTS[host]().train(training)
+    state = torch.get_rng_state()
+    hosts.convert(model, "hedgehog")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training == training for module in model.modules())
+
+
+@pytest.mark.parametrize("host", ["deberta", "gemma2"])
+def test_a_refused_model_is_left_as_it_was(host):
+    model = REFUSED[host][0]().train()
+    implementation, names = model.config._attn_implementation, dict(model.named_modules()).keys()
+    with pytest.raises(UsageError):
+        hosts.convert(model, "softmax")
+    assert model.config._attn_implementation == implementation != hosts._PROBE
+    assert dict(model.named_modules()).keys() == names
+    assert model.training
+    model(input_ids=torch.randint(2, VOCAB, (1, 5)))
+
+
+def test_a_conversion_that_fails_midway_changes_nothing(monkeypatch):
+    model = bert()
+    spec, built = ATTENTIONS.get("hedgehog"), []
+
+    def build(self: Any, shape: MixerShape, **options: Any) -> nn.Module:
+        built.append(shape)
+        if len(built) == 2:
+            raise UsageError("the second layer doesn't suit me")
+        return original(self, shape, **options)
+
+    original = type(spec).build
+    monkeypatch.setattr(type(spec), "build", build)
+    with pytest.raises(UsageError, match="second layer"):
+        hosts.convert(model, "hedgehog")
+    assert not hosts.slots(model)
+
+
+def test_kept_layers_stay_softmax():
+    ids = torch.randint(2, VOCAB, (2, 9))
+    model = spread(bert(num_hidden_layers=3)).eval()
+    expected = logits(model, input_ids=ids)
+    kept = hosts.convert(copy.deepcopy(model), "hedgehog", keep_layers=[0, 1, -1])
+    torch.testing.assert_close(logits(kept, input_ids=ids), expected, atol=1e-5, rtol=0)
+    some = hosts.convert(copy.deepcopy(model), "hedgehog", keep_layers=[0, -1])
+    names = [type(slot.attention).__name__ for slot in hosts.slots(some).values()]
+    assert names == ["Softmax", "LinearAttention", "Softmax"]
+    assert (logits(some, input_ids=ids) - expected).abs().max() > 1e-3
+    for index in (3, -4):
+        with pytest.raises(UsageError, match=f"no layer {index} to keep: the model has 3"):
+            hosts.convert(bert(num_hidden_layers=3), "hedgehog", keep_layers=[index])
+
+
+def test_a_converted_model_can_be_converted_again():
+    ids = torch.randint(2, VOCAB, (2, 9))
+    for build in (llama, IMAGES["timm-vit"]):
+        model = spread(build()).eval()
+        inputs = {"input_ids": ids} if build is llama else {"x": images("timm-vit")}
+        expected = logits(model, **inputs)
+        hosts.convert(model, "hedgehog")
+        hosts.convert(model, "softmax")
+        torch.testing.assert_close(logits(model, **inputs), expected, atol=1e-5, rtol=0)
+        assert not hosts.attention_parameters(model)
+
+
+@pytest.mark.parametrize("host", ["bert", "llama", "timm-vit"])
+def test_a_deep_copy_is_independent(host):
+    model = hosts.convert(HOSTS[host](), "hedgehog").eval()
+    inputs = {"x": images(host)} if host in IMAGES else {"input_ids": torch.randint(2, VOCAB, (2, 9))}
+    expected = logits(model, **inputs)
+    other = copy.deepcopy(model)
+    assert torch.equal(logits(other, **inputs), expected)
+    with torch.no_grad():
+        for parameter in hosts.attention_parameters(other):
+            parameter.add_(torch.randn_like(parameter))
+    for slot in hosts.slots(other).values():
+        slot.interceptor = lambda slot, q, k, v, key_mask: torch.zeros_like(q)
+    assert torch.equal(logits(model, **inputs), expected)
+    assert (logits(other, **inputs) - expected).abs().max() > 1e-4
+    hosts.convert(other, "softmax")
+    assert [type(s.attention).__name__ for s in hosts.slots(model).values()] == ["LinearAttention"] * 2
+    assert torch.equal(logits(model, **inputs), expected)
+
+
+def test_new_layers_follow_the_host_s_training_mode():
+    """Softmax's dropout is the host's: on in training, off in evaluation."""
+    model = hosts.convert(bert(attention_probs_dropout_prob=0.5, hidden_dropout_prob=0.0), "softmax")
+    ids = torch.randint(2, VOCAB, (2, 9))
+    model.train()
+    assert not torch.equal(logits(model, input_ids=ids), logits(model, input_ids=ids))
+    model.eval()
+    assert torch.equal(logits(model, input_ids=ids), logits(model, input_ids=ids))
+
+
+# --- padding ---
+
+
+@pytest.mark.parametrize("name", [name for name in ATTENTIONS.names() if ATTENTIONS.get(name).convertible])
+@pytest.mark.parametrize("host", ["bert", "gpt2", "llama"])
+def test_padding_changes_nothing_through_a_host(name, host):
+    direction = "bidirectional" if host in ENCODERS else "causal"
+    if direction not in ATTENTIONS.get(name).directions:
+        pytest.skip(f"it has no {direction} form")
+    model = spread(hosts.convert(HOSTS[host](), name)).double().eval()
+    for lengths in ([5, 9, 1], [6]):
+        for side in ("left", "right"):
+            sequences, ids, mask = padded_batch(lengths, side, garbage=True)
+            out = logits(model, input_ids=ids, attention_mask=mask, position_ids=hosts.position_ids(mask))
+            assert out.isfinite().all()
+            for row, sequence in enumerate(sequences):
+                alone = logits(model, input_ids=sequence[None])[0]
+                torch.testing.assert_close(out[row][mask[row].bool()], alone, atol=1e-10, rtol=1e-10)
+
+
+def test_position_ids_count_attended_tokens():
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]])
+    expected = torch.tensor([[0, 0, 0, 1], [0, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0]])
+    assert torch.equal(hosts.position_ids(mask), expected)
+    assert torch.equal(hosts.position_ids(mask.bool()), expected)
+
+
+# --- refusals ---
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "mpnet": (lambda: tf.MPNetModel(tf.MPNetConfig(**TEXT)), "MPNetModel .* computes its attention itself"),
+    "deberta": (
+        lambda: tf.DebertaV2Model(tf.DebertaV2Config(**TEXT)),
+        "DebertaV2Model .* computes its attention itself",
+    ),
+    "gpt-neo": (
+        lambda: tf.GPTNeoForCausalLM(
+            tf.GPTNeoConfig(
+                vocab_size=VOCAB,
+                hidden_size=32,
+                num_layers=2,
+                attention_types=[[["global", "local"], 1]],
+                num_heads=4,
+                max_position_embeddings=64,
+                bos_token_id=None,
+                eos_token_id=None,
+            )
+        ),
+        "GPTNeoForCausalLM .* computes its attention itself",
+    ),
+    "bloom": (
+        lambda: tf.BloomForCausalLM(tf.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4)),
+        "BloomForCausalLM .* computes its attention itself",
+    ),
+    "t5": (
+        lambda: tf.T5ForConditionalGeneration(
+            tf.T5Config(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+        ),
+        "T5ForConditionalGeneration .* encoder-decoder",
+    ),
+    "gemma2": (lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**DECODER, head_dim=8)), "Gemma2.* softcap"),
+    "short window": (lambda: mistral(sliding_window=3), "MistralForCausalLM .* window of 3 tokens"),
+    "resnet": (lambda: timm.create_model("resnet10t"), "ResNet can't be a host.* no timm Attention layer"),
+    "swin": (
+        lambda: timm.create_model(
+            "swin_tiny_patch4_window7_224",
+            img_size=32,
+            window_size=4,
+            depths=(1, 1, 1, 1),
+            embed_dim=16,
+            num_heads=(1, 1, 1, 1),
+        ),
+        "SwinTransformer can't be a host",
+    ),
+    "plain module": (lambda: nn.Linear(3, 3), "Linear can't be a host"),
+}
+
+
+@pytest.mark.parametrize("host", REFUSED)
+def test_what_cannot_be_a_host_is_named_with_the_reason(host):
+    build, message = REFUSED[host]
+    with pytest.raises(UsageError, match=message) as caught:
+        hosts.convert(build(), "softmax")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_subclass_of_timm_s_attention_is_refused():
+    class Talking(TimmAttention):
+        pass
+
+    model = IMAGES["timm-vit"]()
+    model.blocks[1].attn.__class__ = Talking
+    with pytest.raises(UsageError, match=r"blocks\.1\.attn is a Talking"):
+        hosts.convert(model, "softmax")
+    assert not hosts.slots(model)
+
+
+class Int8Linear(nn.Module):
+    """As quantisers make them: int8 weights that are scaled while they are used."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.scale = float(linear.weight.detach().abs().max()) / 127
+        self.weight = nn.Parameter((linear.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.weight.to(x.dtype) * self.scale).T
+
+
+def test_quantised_weights_are_refused():
+    model = llama()
+    model.model.layers[1].self_attn.q_proj = Int8Linear(model.model.layers[1].self_attn.q_proj)
+    with pytest.raises(UsageError, match=r"layers\.1\.self_attn has quantised weights \(torch\.int8\)"):
+        hosts.convert(model, "hedgehog")
+    assert not hosts.slots(model)
+
+
+def test_a_layer_that_shows_no_weights_is_refused():
+    """torch's own dynamic quantisation packs the weights out of sight."""
+
+    class Packed(nn.Module):
+        def __init__(self, linear: nn.Linear) -> None:
+            super().__init__()
+            self.packed = [linear.weight.detach()]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.packed[0].T
+
+    model = llama()
+    for layer in model.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(layer.self_attn, name, Packed(getattr(layer.self_attn, name)))
+    with pytest.raises(UsageError, match="load the model unquantised"):
+        hosts.convert(model, "hedgehog")
+
+
+def test_a_window_shorter_than_the_sequence_is_refused_when_it_matters():
+    model = hosts.convert(mistral(sliding_window=8), "softmax").eval()
+    logits(model, input_ids=torch.randint(2, VOCAB, (1, 8)))
+    for inputs in ({}, {"attention_mask": torch.tensor([[0] * 2 + [1] * 7])}, {"use_cache": False}):
+        with pytest.raises(UsageError, match="window of 8 tokens"):
+            logits(model, input_ids=torch.randint(2, VOCAB, (1, 9)), **inputs)
+
+
+def test_decoding_past_a_window_is_refused():
+    model = hosts.convert(mistral(sliding_window=8), "hedgehog").eval()
+    with pytest.raises(UsageError, match="window of 8 tokens"):
+        model.generate(torch.randint(2, VOCAB, (1, 5)), max_new_tokens=8, do_sample=False)
+
+
+@pytest.mark.parametrize("host", ["bert", "gpt2", "llama"])
+def test_masks_that_are_no_padding_masks_are_refused(host):
+    model = hosts.convert(HOSTS[host](), "softmax").eval()
+    ids = torch.randint(2, VOCAB, (2, 5))
+    with pytest.raises(UsageError, match=r"4-D mask \[2, 1, 5, 5\]"):
+        model(input_ids=ids, attention_mask=torch.zeros(2, 1, 5, 5))
+
+
+@pytest.mark.parametrize("host", ["gpt2", "llama"])
+def test_packed_sequences_are_refused(host):
+    model = hosts.convert(HOSTS[host](), "softmax").eval()
+    ids, positions = torch.randint(2, VOCAB, (1, 5)), torch.tensor([[0, 1, 2, 0, 1]])
+    with pytest.raises(UsageError, match="packed sequences"):
+        model(input_ids=ids, position_ids=positions, use_cache=False)
+    model(input_ids=ids, position_ids=torch.arange(5)[None], use_cache=False)
+
+
+def test_an_unknown_keyword_is_refused_unless_it_is_none():
+    model = hosts.convert(llama(), "softmax").eval()
+    ids = torch.randint(2, VOCAB, (1, 5))
+    with pytest.raises(UsageError, match="LlamaAttention passes alibi_slopes, which no attention"):
+        model(input_ids=ids, alibi_slopes=torch.ones(4))
+    layer = next(iter(hosts.host_layers(model))).module
+    q, kv = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
+    for keyword in ("softcap", "s_aux", "head_mask", "anything"):
+        with pytest.raises(UsageError, match=keyword):
+            hosts._attend(layer, q, kv, kv, None, **{keyword: 1.0})
+        assert hosts._attend(layer, q, kv, kv, None, **{keyword: None})[0].shape == (1, 5, 4, 8)
+
+
+@pytest.mark.parametrize("host", ENCODERS | DECODERS)
+def test_keywords_that_change_no_attention_are_taken(host):
+    model = hosts.convert(HOSTS[host](), "softmax").eval()
+    ids = torch.randint(2, VOCAB, (1, 5))
+    out = model(input_ids=ids, output_hidden_states=True, output_attentions=True, return_dict=True)
+    assert len(out.hidden_states) == 3
+    assert torch.equal(out.logits, model(input_ids=ids).logits)
+
+
+def test_a_layer_called_otherwise_than_when_converted_is_refused():
+    model = hosts.convert(llama(), "softmax").eval()
+    layer = hosts.host_layers(model)[0].module
+    q, kv = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
+    with pytest.raises(HHBenchError, match="is_causal=False"):
+        hosts._attend(layer, q, kv, kv, None, is_causal=False)
+    with pytest.raises(HHBenchError, match="scales by 1"):
+        hosts._attend(layer, q, kv, kv, None, scaling=1.0)
+    bare = llama()
+    bare.set_attn_implementation(hosts.INTERFACE)
+    with pytest.raises(HHBenchError, match=r"use hhbench\.convert"):
+        bare(input_ids=torch.randint(2, VOCAB, (1, 5)))
+    vit = hosts.convert(IMAGES["timm-vit"](), "softmax")
+    with pytest.raises(UsageError, match="without a mask"):
+        vit.blocks[0].attn(torch.randn(1, 4, 32), is_causal=True)
+
+
+# --- decoding ---
+
+
+@pytest.mark.parametrize("name", ["softmax", "hedgehog"])
+@pytest.mark.parametrize("host", ["llama", "gpt2"])
+def test_generating_with_the_library_s_cache_changes_nothing(name, host):
+    model = spread(hosts.convert(HOSTS[host](), name)).double().eval()
+    _, ids, mask = padded_batch([5, 7, 2], "left")
+    settings = {
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "pad_token_id": PAD,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    for inputs in ({"input_ids": ids, "attention_mask": mask}, {"input_ids": torch.randint(2, VOCAB, (2, 6))}):
+        cached = model.generate(**inputs, **settings, use_cache=True)
+        uncached = model.generate(**inputs, **settings, use_cache=False)
+        assert torch.equal(cached.sequences, uncached.sequences)
+        torch.testing.assert_close(torch.stack(cached.logits), torch.stack(uncached.logits), atol=1e-6, rtol=0)
+        assert len(cached.sequences[:, -12:].unique()) > 3
+
+
+def test_softmax_generates_what_the_library_generates():
+    model = spread(llama()).double().eval()
+    _, ids, mask = padded_batch([5, 7, 2], "left")
+    settings = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "pad_token_id": PAD}
+    expected = model.generate(ids, **settings)
+    assert torch.equal(hosts.convert(model, "softmax").generate(ids, **settings), expected)
+
+
+def test_a_cache_of_fixed_size_is_refused():
+    """Its keys reach past the last token: attending to them would be wrong in silence."""
+    model = hosts.convert(llama(), "softmax").eval()
+    with pytest.raises(UsageError, match="cache"):
+        model.generate(
+            torch.randint(2, VOCAB, (1, 5)), max_new_tokens=4, do_sample=False, cache_implementation="static"
+        )
+
+
+@pytest.mark.parametrize("host", ["bert", "llama"])
+@pytest.mark.parametrize("name", ["softmax", "hedgehog"])
+def test_output_attentions_are_the_attention_s_weights(host, name):
+    model = spread(hosts.convert(HOSTS[host](), name)).eval()
+    _, ids, mask = padded_batch([5, 7], "right")
+    expected = []
+
+    def watch(slot: hosts.AttentionSlot, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        expected.append(slot.attention.weights(q, k, key_mask=key_mask))
+        return slot.attention(q, k, v, key_mask=key_mask)
+
+    for slot in hosts.slots(model).values():
+        slot.interceptor = watch
+    with torch.no_grad():
+        found = model(input_ids=ids, attention_mask=mask, output_attentions=True).attentions
+    assert len(found) == 2
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == (2, 4, 9, 9)
+        assert torch.equal(one, other)
+
+
+# --- saving and loading ---
+
+
+def saved(folder: Path, host: str = "llama", attn: str = "hedgehog", **options: Any) -> nn.Module:
+    model = spread(hosts.convert(HOSTS[host](), attn, **options)).eval()
+    hosts.save(model, folder, attn=attn, options=options)
+    return model
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    path = folder / "hhbench.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("host", [name for name in HOSTS if not name.startswith("timm")])
+def test_a_loaded_model_is_the_saved_one(host, tmp_path):
+    model = saved(tmp_path / "model", host, bias=True)
+    other = hosts.load(tmp_path / "model")
+    assert not other.training
+    inputs = {"pixel_values": images(host)} if host in IMAGES else {"input_ids": torch.randint(2, VOCAB, (2, 9))}
+    assert torch.equal(logits(other, **inputs), logits(model, **inputs))
+    assert torch.equal(logits(hosts.load(tmp_path), **inputs), logits(model, **inputs))  # a run's folder
+    found = hosts.manifest(tmp_path / "model")
+    assert found["attention"] == {"name": "hedgehog", "options": {"bias": True}, "source_sha256": None}
+
+
+def test_a_loaded_timm_model_is_the_saved_one(tmp_path):
+    model = hosts.timm_model("vit_tiny_patch16_224", pretrained=False, **TIMM)
+    spread(hosts.convert(model, "hedgehog")).eval()
+    hosts.save(model, tmp_path, attn="hedgehog", options={}, notes={"teacher": {"score": 0.5}})
+    x = images("timm-vit")
+    assert torch.equal(logits(hosts.load(tmp_path), x), logits(model, x))
+    assert hosts.manifest(tmp_path)["teacher"] == {"score": 0.5}
+    unknown = hosts.convert(IMAGES["timm-vit"](), "softmax")
+    with pytest.raises(UsageError, match="VisionTransformer can't be saved"):
+        hosts.save(unknown, tmp_path / "other", attn="softmax", options={})
+
+
+def test_saving_twice_leaves_the_last(tmp_path):
+    saved(tmp_path)
+    model = saved(tmp_path, attn="t2r")
+    ids = torch.randint(2, VOCAB, (2, 9))
+    assert torch.equal(logits(hosts.load(tmp_path), input_ids=ids), logits(model, input_ids=ids))
+    assert {path.name for path in tmp_path.iterdir()} == {"hhbench.json", "model.safetensors"}
+
+
+def test_a_fresh_process_loads_the_same_model(tmp_path):
+    model = saved(tmp_path / "model")
+    ids = torch.randint(2, VOCAB, (2, 9))
+    torch.save({"ids": ids, "logits": logits(model, input_ids=ids)}, tmp_path / "expected.pt")
+    program = (
+        "import sys, torch, hhbench\n"
+        "torch.set_num_threads(int(sys.argv[2]))\n"
+        "expected = torch.load(sys.argv[1] + '/expected.pt')\n"
+        "with torch.no_grad():\n"
+        "    found = hhbench.load(sys.argv[1])(input_ids=expected['ids']).logits\n"
+        "assert torch.equal(found, expected['logits']), (found - expected['logits']).abs().max()\n"
+        "print('equal')\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path), str(torch.get_num_threads())],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(hosts.__file__).parent.parent,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "equal"
+
+
+def test_damaged_weights_are_noticed(tmp_path):
+    saved(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(HHBenchError, match=r"model\.safetensors is missing or damaged"):
+        hosts.load(tmp_path)
+    weights.write_bytes(content[:1000])
+    with pytest.raises(HHBenchError, match="missing or damaged"):
+        hosts.load(tmp_path)
+    weights.unlink()
+    with pytest.raises(HHBenchError, match="missing or damaged"):
+        hosts.load(tmp_path)
+
+
+def test_a_folder_without_a_manifest_is_no_model(tmp_path):
+    with pytest.raises(HHBenchError, match=r"hhbench\.json is missing"):
+        hosts.load(tmp_path / "nothing")
+    saved(tmp_path)
+    (tmp_path / "hhbench.json").unlink()
+    with pytest.raises(HHBenchError, match=r"hhbench\.json is missing"):
+        hosts.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "7", "null", '{"schema": 2}', "{}", '{"schema": 1}', "\xff"])
+def test_a_manifest_that_can_t_be_read_is_named(text, tmp_path):
+    saved(tmp_path)
+    (tmp_path / "hhbench.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(HHBenchError, match=r"hhbench\.json"):
+        hosts.load(tmp_path)
+
+
+@pytest.mark.parametrize("host", [{}, {"library": "jax", "name": "x", "arguments": {}}, {"name": "LlamaForCausalLM"}])
+def test_a_manifest_of_a_host_that_can_t_be_built(host, tmp_path):
+    saved(tmp_path)
+    edit(tmp_path, host=host)
+    with pytest.raises(HHBenchError):
+        hosts.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["LlamaConfig", "NoSuchModel", "pipeline"])
+def test_a_manifest_builds_nothing_but_models(name, tmp_path):
+    saved(tmp_path)
+    edit(tmp_path, host={"library": "transformers", "name": name, "arguments": {}})
+    with pytest.raises(UsageError, match=f"no model class '{name}'"):
+        hosts.load(tmp_path)
+
+
+def test_weights_that_don_t_fit_are_named(tmp_path):
+    saved(tmp_path)
+    host = hosts.manifest(tmp_path)["host"]
+    edit(tmp_path, host=host | {"arguments": host["arguments"] | {"num_hidden_layers": 3}})
+    with pytest.raises(HHBenchError, match="doesn't fit the model"):
+        hosts.load(tmp_path)
+    edit(tmp_path, host=host, attention={"name": "t2r", "options": {}})
+    with pytest.raises(HHBenchError, match="doesn't fit the model"):
+        hosts.load(tmp_path)
+
+
+def test_half_precision_comes_back_as_it_was(tmp_path):
+    model = spread(hosts.convert(llama(), "hedgehog")).eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    hosts.save(model, tmp_path, attn="hedgehog", options={})
+    ids = torch.randint(2, VOCAB, (2, 9))
+    other = hosts.load(tmp_path)
+    assert {p.dtype for p in other.parameters()} == {torch.bfloat16}
+    assert torch.equal(logits(other, input_ids=ids), logits(model, input_ids=ids))
+
+
+def test_a_folder_does_not_decide_what_code_runs(tmp_path):
+    source = tmp_path / "mine.py"
+    source.write_text(
+        "from hhbench.attention import FeatureMap\n"
+        "class Mine(FeatureMap):\n"
+        "    def forward(self, x):\n"
+        "        return x.exp()\n"
+    )
+    attn = f"{source}:Mine"
+    model = saved(tmp_path / "model", attn=attn)
+    with pytest.raises(UsageError, match="would import code"):
+        hosts.load(tmp_path / "model")
+    ids = torch.randint(2, VOCAB, (2, 9))
+    assert torch.equal(logits(hosts.load(tmp_path / "model", attn=attn), input_ids=ids), logits(model, input_ids=ids))
+
+
+# --- building ---
+
+
+def test_gpt2_by_its_measures():
+    model = hosts.gpt2("gpt2-3x24x2", vocab=11, max_len=16, dropout=0.25)
+    config = model.config
+    assert (config.n_layer, config.n_embd, config.n_head, config.vocab_size, config.n_positions) == (3, 24, 2, 11, 16)
+    assert {layer.shape.dropout for layer in hosts.host_layers(model)} == {0.25}
+    for name in ("gpt2-2x64", "gpt2-2x64x2x1", "gpt3-2x64x2", "gpt2-2x64x3", "gpt2-0x64x2", "gpt2-2x64x0"):
+        with pytest.raises(UsageError, match=name):
+            hosts.gpt2(name, vocab=11, max_len=16, dropout=0.0)
+
+
+def test_a_transformers_model_of_a_folder(tmp_path):
+    original = tf.BertForMaskedLM(tf.BertConfig(**TEXT)).eval()
+    original.save_pretrained(tmp_path)
+    model = hosts.transformers_model(tf.AutoModelForMaskedLM, str(tmp_path), pretrained=True, dropout=0.3).eval()
+    ids = torch.randint(2, VOCAB, (2, 9))
+    assert torch.equal(logits(model, input_ids=ids), logits(original, input_ids=ids))
+    assert (model.config.hidden_dropout_prob, model.config.attention_probs_dropout_prob) == (0.3, 0.3)
+    fresh = hosts.transformers_model(
+        tf.AutoModelForMaskedLM, str(tmp_path), pretrained=False, dropout=0.0, num_hidden_layers=1
+    ).eval()
+    assert len(hosts.host_layers(fresh)) == 1
+    assert not torch.equal(logits(fresh, input_ids=ids), logits(original, input_ids=ids))
+    assert hosts.weights_hash("mine", str(tmp_path)).keys() == {"mine"}
+
+
+def test_pickled_weights_are_not_read(tmp_path):
+    model = tf.BertForMaskedLM(tf.BertConfig(**TEXT))
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(DataError, match="safetensors weights"):
+        hosts.transformers_model(tf.AutoModelForMaskedLM, str(tmp_path), pretrained=True, dropout=0.0)
+
+
+def test_a_model_that_isn_t_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("HHBENCH_OFFLINE", "1")
+    with pytest.raises(DataError, match="can't be loaded") as caught:
+        hosts.transformers_model(tf.AutoModelForMaskedLM, str(tmp_path), pretrained=True, dropout=0.0)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UsageError, match="Did you mean 'vit_tiny_patch16_224'"):
+        hosts.timm_model("vit_tiny_patch16_225", pretrained=False)

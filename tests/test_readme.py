@@ -1,0 +1,110 @@
+"""What the README says is so: its commands run, its tables are the results', its tree is the tree."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hhbench import leaderboard, result
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+
+# Real runs, cut short: the commands are what is tested here, not the numbers.
+SHORT = "--train-examples 64 --test-examples 64 --epochs 0.5 --teacher-epochs 0.5 --transfer-epochs 0.5".split()
+
+
+def code(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[str]:
+    lines = "".join(code("bash")).splitlines()
+    return [line.split("  #")[0].strip() for line in lines if line.strip()]
+
+
+def my_map() -> str:
+    (source,) = (block for block in code("python") if block.startswith("# my_map.py"))
+    return source
+
+
+def run(command: list[str], folder: Path) -> str:
+    finished = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where a reader of the README stands."""
+    (tmp_path / "my_map.py").write_text(my_map())
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(c, marks=pytest.mark.network) if "--task glue" in c and "--dry-run" not in c else c
+        for c in commands()
+    ],
+)
+def test_a_command_runs(command: str, folder: Path) -> None:
+    words = shlex.split(command)
+    assert words[0] == "hhbench"
+    shortened = SHORT if words[1] == "run" and "--dry-run" not in words else []
+    out = run([sys.executable, "-m", *words, *shortened], folder)
+    assert ("result: " in out) == bool(shortened)
+
+
+def test_the_python_example_runs(folder: Path) -> None:
+    (example,) = (block for block in code("python") if block.startswith("import hhbench"))
+    assert "Score(" in run([sys.executable, "-c", example], folder)
+
+
+def test_the_tables_are_those_of_the_results() -> None:
+    found, complaints = result.find(ROOT / "docs" / "results")
+    assert found and not complaints
+    printed = leaderboard.render(leaderboard.tables(found))
+    block = README.partition("<!-- tables: hhbench leaderboard docs/results -->\n")[2]
+    assert block.partition("<!-- end of tables -->")[0].strip("\n") == printed.strip("\n")
+
+
+def test_results_fit_the_code_that_is_committed() -> None:
+    """A result of an older version of an attention or a task must be run again."""
+    from hhbench.attention import ATTENTIONS
+    from hhbench.task import TASKS
+
+    for one in result.find(ROOT / "docs" / "results")[0]:
+        assert one.identity["attention"]["version"] == ATTENTIONS.get(one.attention["name"]).version
+        assert one.identity["task"]["version"] == TASKS.get(one.task["name"]).part.version
+
+
+def test_the_tree_is_the_tree() -> None:
+    (tree,) = (block for block in code("") if block.startswith("hhbench/"))
+    named = set(re.findall(r"[\w/]+\.(?:py|sh)", tree))
+    for package in ("hhbench", "tasks", "baselines"):
+        files = {p.name for p in (ROOT / package).glob("*.py") if not p.name.startswith("_")}
+        assert files <= named, f"{package}: {files - named} missing in the README's tree"
+    everywhere = {p.name for folder in ("hhbench", "tasks", "baselines", "scripts") for p in (ROOT / folder).iterdir()}
+    assert named <= everywhere
+
+
+def test_the_attention_of_contributing_is_the_one_of_the_readme() -> None:
+    """CONTRIBUTING's example is a working attention too."""
+    (example,) = (block for block in code("python", re.sub(r"^   ", "", CONTRIBUTING, flags=re.MULTILINE)))
+    scope: dict[str, object] = {"__name__": "hhbench_test_contributing"}
+    exec(compile(example, "CONTRIBUTING.md", "exec"), scope)
+    assert "SquaredReLU" in scope
+
+
+def test_no_registry_s_host_is_named() -> None:
+    names = "|".join(["pypi" + r"\.org", "huggingface" + r"\.co", "npmjs" + r"\.", "pythonhosted", "debian" + r"\.org"])
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    for name in filter(None, listed):
+        content = (ROOT / name).read_bytes()
+        assert not re.search(names.encode(), content), f"{name} names a host"

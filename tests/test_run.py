@@ -1,0 +1,517 @@
+"""Tiny runs through the Python API: stages, teachers, keys, records."""
+
+import dataclasses
+import hashlib
+import inspect
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import hhbench
+from hhbench import hosts, result
+from hhbench.config import RECIPES, RunConfig
+from hhbench.errors import HHBenchError, UsageError
+from hhbench.hosts import attention_parameters
+from hhbench.run import _Run, execute, expand, prepare
+from hhbench.task import TASKS
+
+RECALL = {
+    "task": "recall", "dataset": "ar", "attn": "hedgehog", "model": "gpt2-1x16x2", "max_len": 16, "batch_size": 32,
+    "train_examples": 128, "test_examples": 48, "epochs": 1.0, "teacher_epochs": 1.0, "transfer_epochs": 1.0,
+    "accelerator": "cpu", "logger": "none",
+}  # fmt: skip
+DIGITS = {
+    "task": "imagenet", "dataset": "digits", "attn": "hedgehog", "batch_size": 32, "train_examples": 96,
+    "test_examples": 48, "epochs": 1.0, "teacher_epochs": 1.0, "transfer_epochs": 1.0, "accelerator": "cpu",
+    "logger": "none",
+}  # fmt: skip
+CONVERSION = "finetuned-conversion"
+SQUARE = """
+from hhbench.attention import FeatureMap
+
+class Square(FeatureMap):
+    def forward(self, x):
+        return x * x + 0.1
+"""
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    """One folder for the tests that may share teachers and results."""
+    return tmp_path_factory.mktemp("runs")
+
+
+def recall(out: Path, **changes) -> RunConfig:
+    return RunConfig(**(RECALL | {"out": out} | changes))
+
+
+def digits(out: Path, **changes) -> RunConfig:
+    return RunConfig(**(DIGITS | {"out": out} | changes))
+
+
+def teachers(out: Path) -> dict[str, int]:
+    """Every teacher's weights below the folder, with the time when they were written."""
+    return {path.parent.name: path.stat().st_mtime_ns for path in out.glob("teachers/*/model.safetensors")}
+
+
+def key(config: RunConfig) -> str:
+    return _Run(prepare(config)).key
+
+
+@pytest.fixture
+def last_model(monkeypatch) -> list[torch.nn.Module]:
+    """The model that recall was asked to score last: at the end of a run it is the run's own."""
+    task, seen = TASKS.get("recall").part, []
+    step = task.step
+
+    def spy(self, model, batch):
+        seen[:] = [model]
+        return step(self, model, batch)
+
+    monkeypatch.setattr(task, "step", spy)
+    return seen
+
+
+# --- regimes and recipes ---
+
+
+def check_complete(made: result.Result, path: Path) -> None:
+    """A result is whole, the file says the same, and its parts agree with each other."""
+    assert result.load(path) == made
+    assert made.key == result.key_of(made.identity)
+    again = RunConfig.from_dict(made.config)
+    assert again.identity() == {
+        name: made.config[name] for name in again.identity()
+    }, "the settings in a result make the config again"
+    blank = {name for name, value in made.config.items() if value is None}
+    assert blank <= {"recipe", "micro_batch_size"}
+    assert made.metrics[made.score.name] == made.score.value
+    examples = np.load(path.parent / "examples.npz")
+    assert examples["index"].tolist() == list(range(made.score.num_examples))
+    assert np.isfinite(examples["score"]).all()
+    assert made.score.num_examples == made.config["test_examples"]
+    assert made.score.value == pytest.approx(examples["score"].mean(), abs=1e-6)
+    assert made.cost["params"] > made.cost["params_added"] == made.attention["params_added"]
+    assert made.environment["world_size"] == 1
+    assert made.environment["versions"]["torch"]
+
+
+@pytest.mark.parametrize("settings", [RECALL, DIGITS], ids=["recall", "imagenet"])
+@pytest.mark.parametrize("attn", ["softmax", "hedgehog", "t2r", "elu"])
+def test_scratch(out, settings, attn):
+    config = RunConfig(**(settings | {"attn": attn, "regime": "scratch", "out": out}))
+    made, path = execute(config)
+    check_complete(made, path)
+    assert made.teacher is made.after_swap is made.after_transfer is made.fidelity is None
+    assert made.attention["recipe"] is None
+    assert made.cost["train_tokens"] > 0
+    assert (made.attention["params_added"] > 0) == (attn in ("hedgehog", "t2r"))
+    if attn == "softmax":
+        assert made.cost["state_bytes"] is None or settings is RECALL
+
+
+@pytest.mark.parametrize("settings", [RECALL, DIGITS], ids=["recall", "imagenet"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe(out, settings, recipe):
+    config = RunConfig(**(settings | {"regime": CONVERSION, "recipe": recipe, "out": out}))
+    made, path = execute(config)
+    check_complete(made, path)
+    stages = RECIPES[recipe]
+    assert made.attention["recipe"] == recipe
+    assert set(made.cost["seconds"]) == {
+        name for name, there in [("transfer", stages.transfer), ("train", stages.finetune)] if there
+    }
+    assert made.after_swap is not None
+    assert (made.after_transfer is not None) == stages.transfer
+    notes = hosts.manifest(next(out.glob(f"teachers/*{made.teacher['key'][:8]}")))["teacher"]
+    assert made.teacher == {"key": notes["key"], "score": notes["score"]}
+    layers = 1 if settings is RECALL else 4
+    fidelity = made.fidelity
+    assert len(fidelity["kl_before"]) == len(fidelity["teacher_entropy"]) == layers
+    assert len(fidelity["kl_after"]) == (layers if stages.transfer else 0)
+    assert all(kl >= 0 for kl in fidelity["kl_before"] + fidelity["kl_after"])
+    if not stages.finetune:
+        assert made.score.value == (made.after_transfer if stages.transfer else made.after_swap)
+
+
+def test_the_untrained_recipe_changes_nothing_but_the_attention(out):
+    one = execute(recall(out, regime=CONVERSION, recipe="untrained"))[0]
+    assert one.score.value == one.after_swap
+    assert one.cost["train_tokens"] == 0
+
+
+def test_each_attention_has_a_default_recipe(out):
+    for attn, recipe in {"hedgehog": "hedgehog", "t2r": "t2r", "elu": "no-transfer"}.items():
+        assert prepare(recall(out, attn=attn, regime=CONVERSION)).config.recipe == recipe
+
+
+def test_transfer_lowers_the_divergence(out):
+    made = execute(
+        recall(out, regime=CONVERSION, recipe="transfer-only", train_examples=512, transfer_epochs=4.0)
+    )[0]
+    assert sum(made.fidelity["kl_after"]) < sum(made.fidelity["kl_before"])
+
+
+def test_pretrained_conversion_needs_pretrained_weights(out):
+    with pytest.raises(UsageError, match=r"regime|pretrained"):
+        execute(recall(out, regime="pretrained-conversion"))
+    with pytest.raises(UsageError, match="pretrained weights"):
+        execute(digits(out, regime="pretrained-conversion"))
+
+
+def test_frozen_weights_are_bit_identical_after_transfer(out, last_model):
+    made, _ = execute(recall(out, regime=CONVERSION, recipe="transfer-only", transfer_epochs=2.0))
+    student = last_model[0]
+    teacher = hhbench.load(next(out.glob(f"teachers/*{made.teacher['key'][:8]}"))).state_dict()
+    learned = {id(p) for p in attention_parameters(student)}
+    compared = 0
+    for name, tensor in student.named_parameters():
+        if id(tensor) not in learned:
+            assert torch.equal(tensor, teacher[name]), name
+            compared += 1
+    assert compared == len([name for name in teacher if name in dict(student.named_parameters())]) > 10
+    assert not any(torch.equal(p.detach(), torch.eye(8).expand_as(p)) for p in attention_parameters(student))
+
+
+def test_softmax_gets_the_same_second_stage(out):
+    """In conversion the softmax row is finetuned as long, on the same data, as any other."""
+    softmax, elu = (execute(recall(out, attn=attn, regime=CONVERSION))[0] for attn in ("softmax", "elu"))
+    assert softmax.cost["train_tokens"] == elu.cost["train_tokens"] > 0
+    assert softmax.task["train_tokens"] == elu.task["train_tokens"]
+    assert softmax.teacher == elu.teacher
+    assert softmax.after_swap == softmax.teacher["score"]
+    assert "train" in softmax.cost["seconds"]
+    assert softmax.fidelity is None
+
+
+def test_task_train_tokens_are_the_regimes_not_the_recipes(out):
+    tokens = {
+        execute(recall(out, regime=CONVERSION, recipe=recipe))[0].task["train_tokens"] for recipe in RECIPES
+    }
+    assert len(tokens) == 1
+
+
+# --- done is done ---
+
+
+def test_a_finished_key_is_not_run_again(tmp_path):
+    config = recall(tmp_path, attn="elu", regime="scratch")
+    first, path = execute(config)
+    before = path.stat().st_mtime_ns
+    again, same = execute(config)
+    assert (again, same) == (first, path)
+    assert path.stat().st_mtime_ns == before
+    forced, same = execute(dataclasses.replace(config, force=True))
+    assert same == path
+    assert path.stat().st_mtime_ns > before
+    assert forced.score == first.score  # the same config gives the same number
+    assert forced.metrics == first.metrics
+
+
+@pytest.mark.parametrize("make", [recall, digits])
+def test_a_conversion_is_reproducible(tmp_path, make):
+    """Teacher, transfer and finetuning once more, in another folder."""
+    runs = [execute(make(tmp_path / name, regime=CONVERSION, recipe="hedgehog")) for name in "ab"]
+    (a, path_a), (b, path_b) = runs
+    assert a.key == b.key
+    assert a.score == b.score
+    assert a.teacher == b.teacher
+    assert a.fidelity == b.fidelity
+    scores = [np.load(path.parent / "examples.npz")["score"] for path in (path_a, path_b)]
+    assert np.array_equal(*scores)
+
+
+def test_a_damaged_result_is_run_again_or_named(tmp_path):
+    config = recall(tmp_path, attn="elu", regime="scratch")
+    _, path = execute(config)
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(HHBenchError, match=r"result\.json: not whole JSON"):
+        execute(config)
+    assert execute(dataclasses.replace(config, force=True))[0] == result.load(path)
+
+
+# --- teachers ---
+
+
+def test_a_teacher_is_trained_once_for_all_attentions_and_seeds(tmp_path):
+    first = execute(recall(tmp_path, regime=CONVERSION, attn="hedgehog"))[0]
+    before = teachers(tmp_path)
+    assert len(before) == 1
+    others = [
+        execute(recall(tmp_path, regime=CONVERSION, attn=attn, seed=seed))[0]
+        for attn, seed in [("elu", 0), ("t2r", 1), ("softmax", 1)]
+    ]
+    assert teachers(tmp_path) == before
+    assert all(other.teacher == first.teacher for other in others)
+    other = execute(recall(tmp_path, regime=CONVERSION, attn="elu", teacher_seed=1))[0]
+    assert other.teacher["key"] != first.teacher["key"]
+    assert before.items() < teachers(tmp_path).items()
+
+
+def test_a_teacher_does_not_depend_on_the_seed_that_asks_first(tmp_path):
+    weights = []
+    for seed in (0, 3):
+        execute(recall(tmp_path / str(seed), regime=CONVERSION, attn="elu", recipe="untrained", seed=seed))
+        folder = next(path.parent for path in tmp_path.glob(f"{seed}/teachers/*/hhbench.json"))
+        weights.append(hhbench.load(folder).state_dict())
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_teacher_is_loaded_from_its_folder(out):
+    execute(recall(out, regime=CONVERSION, attn="elu"))
+    folder = next(path.parent for path in out.glob("teachers/recall-*/hhbench.json"))
+    model = hhbench.load(folder)
+    assert not model.training
+    logits = model(input_ids=torch.randint(0, 40, (2, 15)), use_cache=False).logits
+    assert logits.shape == (2, 15, 40)
+    assert [type(slot.attention).__name__ for slot in hosts.slots(model).values()] == ["Softmax"]
+    notes = hosts.manifest(folder)["teacher"]
+    assert notes["key"].startswith(folder.name.rpartition("-")[2])
+
+
+def test_a_damaged_teacher_is_named(tmp_path):
+    execute(recall(tmp_path, regime=CONVERSION, attn="elu"))
+    weights = next(tmp_path.glob("teachers/*/model.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    with pytest.raises(HHBenchError, match=r"model\.safetensors.*damaged"):
+        execute(recall(tmp_path, regime=CONVERSION, attn="elu", seed=1))
+
+
+# --- the key ---
+
+CHANGES = {
+    "task": {"task": "imagenet", "dataset": "digits", "model": "vit-digits"},
+    "attn": {"attn": "t2r"},
+    "dataset": {"dataset": "mqar"},
+    "preset": {"preset": "paper"},
+    "regime": {"regime": "scratch", "recipe": None},
+    "recipe": {"recipe": "t2r"},
+    "option": {"option": (("activation", "exp"),)},
+    "seed": {"seed": 1},
+    "teacher_seed": {"teacher_seed": 1},
+    "model": {"model": "gpt2-1x16x1"},
+    "max_len": {"max_len": 18},
+    "dropout": {"dropout": 0.1},
+    "train_examples": {"train_examples": 96},
+    "test_examples": {"test_examples": 40},
+    "batch_size": {"batch_size": 16},
+    "epochs": {"epochs": 2.0},
+    "lr": {"lr": 1e-4},
+    "teacher_epochs": {"teacher_epochs": 2.0},
+    "teacher_lr": {"teacher_lr": 1e-4},
+    "transfer_epochs": {"transfer_epochs": 2.0},
+    "transfer_lr": {"transfer_lr": 1e-4},
+    "weight_decay": {"weight_decay": 0.3},
+    "warmup": {"warmup": 0.3},
+    "clip": {"clip": 0.3},
+    "tune": {"tune": (1e-3, 1e-2)},
+    "precision": {"precision": "bf16-mixed"},
+}
+SAME = {
+    "accelerator": "auto",
+    "devices": 2,
+    "num_nodes": 2,
+    "workers": 1,
+    "micro_batch_size": 8,
+    "logger": "csv",
+    "out": "elsewhere",
+    "resume": True,
+    "force": True,
+    "allow_code": True,
+}
+
+
+def test_every_setting_is_in_the_key_or_known_not_to_matter():
+    fields = {field.name: field.metadata["changes_result"] for field in dataclasses.fields(RunConfig)}
+    assert {name for name, changes in fields.items() if changes} == CHANGES.keys()
+    assert {name for name, changes in fields.items() if not changes} == SAME.keys()
+
+
+@pytest.fixture(scope="module")
+def base_key(out) -> str:
+    return key(recall(out, regime=CONVERSION, recipe="hedgehog"))
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_key_changes(out, base_key, name):
+    settings = {"regime": CONVERSION, "recipe": "hedgehog"} | CHANGES[name]
+    assert key(recall(out, **settings)) != base_key
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_key_stays(out, base_key, name):
+    value = out / "elsewhere" if name == "out" else SAME[name]
+    assert key(recall(**({"out": out, "regime": CONVERSION, "recipe": "hedgehog"} | {name: value}))) == base_key
+
+
+def test_versions_are_in_the_key(out, base_key, monkeypatch):
+    config = recall(out, regime=CONVERSION, recipe="hedgehog")
+    monkeypatch.setattr(TASKS.get("recall").part, "version", 99)
+    assert key(config) != base_key
+
+
+def test_spelled_out_defaults_give_the_same_key(out, base_key):
+    plan = prepare(recall(out, regime=CONVERSION, recipe="hedgehog"))
+    assert key(dataclasses.replace(plan.config)) == base_key
+
+
+# --- checks before anything starts ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attn": "hedgehod"}, "Did you mean 'hedgehog'"),
+        ({"task": "recal"}, "Did you mean 'recall'"),
+        ({"dataset": "mqra"}, "Did you mean 'mqar'"),
+        ({"option": (("activatoin", "exp"),)}, "Did you mean 'activation'"),
+        ({"option": (("activation", "tanh"),)}, "softmax or exp"),
+        ({"regime": "scratch", "recipe": "t2r"}, "for conversions"),
+        ({"devices": 3}, "divided over 3 devices"),
+        ({"accelerator": "gpuu"}, "no accelerator named 'gpuu'"),
+        ({"model": "gpt2-1x15x2"}, "heads"),
+        ({"model": "bert"}, "gpt2-LAYERSxWIDTHxHEADS"),
+        ({"max_len": 2}, "max-len"),
+        ({"train_examples": 0}, "train-examples"),
+        ({"test_examples": 0}, "test-examples"),
+        ({"tune": (1e-3,), "epochs": 0.0}, r"tune|epochs"),
+    ],
+)
+def test_what_can_not_be_is_refused(tmp_path, changes, message):
+    with pytest.raises(UsageError, match=message):
+        execute(recall(tmp_path, **changes))
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"preset": "minni"}, {"regime": "scrath"}, {"recipe": "hedgehogg"}, {"precision": "16"}, {"logger": "cvs"},
+        {"seed": -1}, {"epochs": -1.0}, {"lr": 0.0}, {"batch_size": 0}, {"max_len": 0}, {"dropout": 1.0},
+        {"warmup": -0.1}, {"lr": float("nan")}, {"lr": float("inf")}, {"epochs": float("inf")}, {"task": ""},
+        {"tune": (-1.0,)}, {"tune": (float("nan"),)}, {"seed": 2**70},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_config_checks_itself(changes):
+    with pytest.raises(UsageError):
+        RunConfig(**({"task": "recall", "attn": "elu"} | changes))
+
+
+def test_yaml_values_are_converted_or_refused():
+    config = RunConfig.from_dict(
+        {"task": "recall", "attn": "elu", "lr": "1e-3", "batch-size": "8", "tune": [1e-3, "1e-2"], "out": "x",
+         "option": {"b": 1, "a": 2}}
+    )  # fmt: skip
+    assert (config.lr, config.batch_size, config.tune, config.out) == (1e-3, 8, (1e-3, 1e-2), Path("x"))
+    assert config.options == {"a": 2, "b": 1}
+    assert RunConfig.from_dict({"task": "a", "attn": "b", "tune": "lr=1e-3,3e-3"}).tune == (1e-3, 3e-3)
+    for wrong in ({"lr": "fast"}, {"seed": 1.5}, {"tune": ["a"]}, {"option": "activation"}, {"bach_size": 8}):
+        with pytest.raises(UsageError):
+            RunConfig.from_dict({"task": "a", "attn": "b"} | wrong)
+
+
+def test_a_run_is_one_data_set(out):
+    config = RunConfig(task="recall", attn="elu", out=out)
+    assert [one.dataset for one in expand(config)] == list(TASKS.get("recall").build().suites["mini"])
+    assert expand(dataclasses.replace(config, dataset="ar")) == [dataclasses.replace(config, dataset="ar")]
+    with pytest.raises(UsageError, match="ar, mqar"):
+        hhbench.run(config)
+
+
+def test_preparing_writes_nothing(tmp_path):
+    prepare(recall(tmp_path / "new" / "folder"))
+    assert not (tmp_path / "new").exists()
+
+
+# --- the four calls ---
+
+
+def test_the_four_calls(tmp_path, make_shape):
+    assert set(hhbench.__all__) == {"build_attention", "convert", "run", "load"}
+    attention = hhbench.build_attention("hedgehog", make_shape())
+    q = torch.randn(1, 2, 5, 4)
+    assert attention(q, q, q).shape == q.shape
+    model = hosts.gpt2("gpt2-2x16x2", vocab=11, max_len=16, dropout=0.0)
+    assert hhbench.convert(model, "hedgehog", activation="exp") is model
+    assert all(slot.attention.shape.causal for slot in hosts.slots(model).values())
+    hosts.save(model, tmp_path / "saved", attn="hedgehog", options={"activation": "exp"})
+    ids = torch.randint(0, 11, (2, 7))
+    loaded = hhbench.load(tmp_path / "saved")
+    assert torch.equal(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+    made = hhbench.run(recall(tmp_path, attn="elu", regime="scratch"))
+    assert isinstance(made, result.Result)
+    assert inspect.getmodule(hhbench.run).__name__ == "hhbench.run"
+
+
+# --- tuning ---
+
+
+def test_the_validation_split_picks_the_learning_rate(out):
+    rates = (1e-5, 3e-2, 1e-3)
+    made = execute(digits(out, attn="softmax", regime="scratch", tune=rates, epochs=2.0))[0]
+    trials = made.tuning["trials"]
+    assert [trial["lr"] for trial in trials] == list(rates)
+    best = max(trial["validation"] for trial in trials)
+    assert made.tuning["picked"] == next(t["lr"] for t in trials if t["validation"] == best)
+    assert made.cost["train_tokens"] == 3 * made.task["train_tokens"]
+    # The picked rate alone gives the same model: no trial leans on the one before.
+    alone = execute(digits(out, attn="softmax", regime="scratch", lr=made.tuning["picked"], epochs=2.0))[0]
+    assert alone.score == made.score
+    assert alone.tuning is None
+
+
+# --- a user's own attention ---
+
+
+def test_a_users_attention_runs_and_its_source_is_in_the_key(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(SQUARE)
+    config = recall(tmp_path / "runs", attn=f"{file}:Square", regime="scratch")
+    made, path = execute(config)
+    check_complete(made, path)
+    assert made.identity["attention"]["source_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert made.attention["name"] == "mine.py:Square"
+    assert key(config) == made.key
+    file.write_text(SQUARE + "# changed\n")
+    assert key(config) != made.key
+
+
+def test_a_users_attention_has_one_key_wherever_its_file_lies(tmp_path):
+    keys = set()
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.py").write_text(SQUARE)
+        keys.add(key(recall(tmp_path, attn=f"{tmp_path / name / 'mine.py'}:Square", regime="scratch")))
+    assert len(keys) == 1
+
+
+def test_a_users_attention_is_converted_to(out, tmp_path):
+    (tmp_path / "mine.py").write_text(SQUARE)
+    made = execute(recall(out, attn=f"{tmp_path / 'mine.py'}:Square", regime=CONVERSION, recipe="no-transfer"))[0]
+    assert made.fidelity["kl_before"]
+
+
+# --- more than one device ---
+
+
+def test_two_devices(tmp_path, monkeypatch):
+    """Real processes: every test example counts once, and the numbers are those of one process."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    settings = {"regime": CONVERSION, "recipe": "hedgehog", "test_examples": 301, "batch_size": 32}
+    made = hhbench.run(recall(tmp_path / "two", devices=2, **settings))
+    assert made.environment["world_size"] == 2
+    path = next((tmp_path / "two" / "recall").rglob("result.json"))
+    examples = np.load(path.parent / "examples.npz")
+    assert examples["index"].tolist() == list(range(301))
+    assert made.score.num_examples == 301
+    assert made.score.value == pytest.approx(examples["score"].mean(), abs=1e-6)
+    one = hhbench.run(recall(tmp_path / "one", **settings))
+    assert one.key == made.key
+    assert one.cost["train_tokens"] == made.cost["train_tokens"]
+    assert made.teacher["score"] == pytest.approx(one.teacher["score"], abs=0.02)
+    assert made.fidelity["kl_after"] == pytest.approx(one.fidelity["kl_after"], rel=0.05)
+    assert made.score.value == pytest.approx(one.score.value, abs=0.03)

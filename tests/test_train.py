@@ -1,0 +1,675 @@
+"""Training: who gets which examples, what a step is, what is kept; and that two processes take the step of one."""
+
+import contextlib
+import copy
+import itertools
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torchmetrics import MeanMetric, MetricCollection, SumMetric
+
+from hhbench import hosts, train
+from hhbench.config import RunConfig
+from hhbench.errors import HHBenchError, UsageError
+from hhbench.task import Batch, Dataset, Example, Split, StepOutput, Task, TaskData, key_mask_of, padded
+from hhbench.train import Batches, Schedule, TrainStage, TransferStage, evaluate, fit, loader
+
+VOCAB, LONGEST = 20, 9
+SCHEDULE = Schedule(lr=1e-2, epochs=1.0, weight_decay=0.1, warmup=0.1, clip=1.0)
+
+
+class Tiny(Task):
+    """Is the first token one of the upper half? `contrary` trains on the wrong answers, and so gets ever worse.
+
+    Attributes:
+        seen: the indices of each batch.
+        at: what to do with the loss of the n-th step, counted from 0.
+    """
+
+    name = "tiny"
+    title = "Tiny"
+    causal = False
+    datasets = {
+        "toy": Dataset("toy", "accuracy"),
+        "contrary": Dataset("contrary", "accuracy"),
+        "contrary loss": Dataset("contrary loss", "loss", higher_is_better=False),
+    }
+    suites = {"mini": ("toy",), "paper": ("toy",)}
+
+    def __init__(self) -> None:
+        self.seen: list[list[int]] = []
+        self.at: dict[int, Any] = {}
+
+    def settings(self, config: RunConfig) -> dict[str, Any]:
+        return {}
+
+    def load_data(self, config: RunConfig) -> TaskData:
+        def split(count: int, seed: int, *, wrong: bool = False) -> Split:
+            generator = torch.Generator().manual_seed(seed)
+            lengths = torch.randint(2, LONGEST + 1, (count,), generator=generator).tolist()
+            examples = []
+            for length in lengths:
+                tokens = torch.randint(2, VOCAB, (length,), generator=generator).tolist()
+                examples.append({"tokens": tokens, "label": int(tokens[0] >= VOCAB // 2) ^ wrong})
+            return Split(examples, lengths)
+
+        contrary = str(config.dataset).startswith("contrary")
+        return TaskData(
+            train=split(config.train_examples or 37, 0, wrong=contrary),
+            validation=split(40, 1),
+            tests={"many": split(70, 2), "few": split(5, 3)},
+            collate=collate,
+            hashes={},
+        )
+
+    def build_model(self, config: RunConfig, data: TaskData) -> nn.Module:
+        from transformers import BertConfig, BertForSequenceClassification
+
+        return BertForSequenceClassification(
+            BertConfig(
+                vocab_size=VOCAB,
+                hidden_size=16,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=16,
+                max_position_embeddings=LONGEST,
+                hidden_dropout_prob=float(config.dropout or 0),
+                attention_probs_dropout_prob=float(config.dropout or 0),
+            )
+        )
+
+    def step(self, model: nn.Module, batch: Batch) -> StepOutput:
+        logits, labels = model(**batch["inputs"]).logits, batch["labels"]
+        losses = cross_entropy(logits, labels, reduction="none")
+        right = (logits.argmax(-1) == labels).float()
+        if model.training:
+            event = self.at.get(len(self.seen))
+            self.seen.append(batch["index"].tolist())
+            if isinstance(event, BaseException):
+                raise event
+            losses = losses if event is None else losses * event
+        return StepOutput(losses.sum(), len(labels), (right, losses.detach()), losses.detach())
+
+    def metrics(self, data: TaskData, config: RunConfig) -> MetricCollection:
+        return MetricCollection({"accuracy": Right(), "loss": Loss(), "examples": Examples()}, compute_groups=False)
+
+
+class Right(MeanMetric):
+    def update(self, right: Tensor, losses: Tensor) -> None:
+        super().update(right)
+
+
+class Loss(MeanMetric):
+    def update(self, right: Tensor, losses: Tensor) -> None:
+        super().update(losses)
+
+
+class Examples(SumMetric):
+    def update(self, right: Tensor, losses: Tensor) -> None:
+        super().update(torch.ones_like(right))
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    tokens = [example["tokens"] for example in examples]
+    mask = key_mask_of(tokens)
+    return {
+        "inputs": {"input_ids": padded(tokens, 0), "attention_mask": mask},
+        "labels": torch.tensor([example["label"] for example in examples]),
+        "num_tokens": int(mask.sum()),
+    }
+
+
+def make_config(**changes: Any) -> RunConfig:
+    fields = {
+        "task": "tiny", "attn": "hedgehog", "dataset": "toy", "batch_size": 8, "dropout": 0.0, "accelerator": "cpu",
+        "logger": "none",
+    }  # fmt: skip
+    return RunConfig(**fields | changes)
+
+
+class Stand:
+    """A task with its data and a converted model, ready to be trained."""
+
+    def __init__(self, attn: str = "hedgehog", **changes: Any) -> None:
+        self.config, self.task = make_config(**changes), Tiny()
+        self.data = self.task.load_data(self.config)
+        torch.manual_seed(0)
+        self.model = hosts.convert(self.task.build_model(self.config, self.data), attn)
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                if parameter.ndim == 2:
+                    parameter.mul_(5)
+
+    def batches(self, split: Split | None = None, **loading: Any) -> Any:
+        split = split or self.data.train
+        return loader(split, self.data, self.config, **{"train": split is self.data.train, **loading})
+
+    def stage(self, schedule: Schedule = SCHEDULE) -> "RecordedTraining":
+        return RecordedTraining(self.task, self.model, self.data, self.config, schedule)
+
+    def fit(self, folder: Path, stage: Any = None, *, validate: bool = True, **arguments: Any) -> train.StageReport:
+        higher = self.task.dataset(str(self.config.dataset)).higher_is_better
+        return fit(
+            stage or self.stage(),
+            self.batches(),
+            self.batches(self.data.validation) if validate else None,
+            self.config,
+            folder=folder,
+            title="test",
+            higher_is_better=higher,
+            **arguments,
+        )
+
+
+class Recorded:
+    """Keeps the gradients before each step, the step and the score of each validation."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.gradients: list[dict[str, Tensor]] = []
+        self.steps: list[int] = []
+        self.validations: list[dict[str, float]] = []
+        self.rates: list[float] = []
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.steps.append(self.global_step)
+        self.rates.append(optimizer.param_groups[0]["lr"])
+        self.gradients.append({n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None})
+
+
+class RecordedTraining(Recorded, TrainStage):
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        self.validations.append({"step": self.global_step, **self.metrics})
+
+
+class RecordedTransfer(Recorded, TransferStage):
+    pass
+
+
+# --- batches ---
+
+
+@contextlib.contextmanager
+def as_rank(rank: int, world: int) -> Iterator[None]:
+    with mock.patch.object(train, "rank", lambda: rank), mock.patch.object(train, "world_size", lambda: world):
+        yield
+
+
+def dealt(batches: Batches, rank: int = 0, world: int = 1) -> list[list[int]]:
+    with as_rank(rank, world):
+        found = list(batches)
+        assert len(batches) == len(found)
+    return found
+
+
+lengths = st.lists(st.integers(1, 12), min_size=1, max_size=60)
+
+
+@given(lengths=lengths, size=st.integers(1, 9), seed=st.integers(0, 5), epoch=st.integers(0, 3), pool=st.integers(1, 4))
+def test_an_epoch_holds_every_example_once(lengths, size, seed, epoch, pool):
+    with mock.patch.object(Batches, "POOL", pool):
+        batches = Batches(lengths, size, seed=seed)
+        batches.set_epoch(epoch)
+        found = dealt(batches)
+        again = Batches(lengths, size, seed=seed)
+        again.set_epoch(epoch)
+        assert dealt(again) == found == dealt(batches)
+    assert sorted(itertools.chain(*found)) == list(range(len(lengths)))
+    assert sorted(map(len, found), reverse=True)[: len(lengths) // size] == [size] * (len(lengths) // size)
+
+
+def test_the_order_is_a_function_of_seed_and_epoch():
+    lengths = torch.randint(1, 100, (500,)).tolist()
+    orders = []
+    for seed, epoch in itertools.product(range(3), range(3)):
+        torch.manual_seed(epoch)  # the global generator has no say
+        batches = Batches(lengths, 8, seed=seed)
+        batches.set_epoch(epoch)
+        orders.append(dealt(batches))
+    assert all(one != other for one, other in itertools.combinations(orders, 2))
+    assert all(len(found) == 63 for found in orders)
+
+
+@given(lengths=lengths, size=st.integers(1, 9), seed=st.integers(0, 3))
+def test_like_lengths_share_a_batch(lengths, size, seed):
+    found = dealt(Batches(lengths, size, seed=seed))  # one pool
+    ranges = sorted((min(lengths[i] for i in batch), max(lengths[i] for i in batch)) for batch in found)
+    assert all(longest <= shortest for (_, longest), (shortest, _) in itertools.pairwise(ranges))
+
+
+def test_batches_do_not_come_by_length():
+    """Sorted within a pool, shuffled among batches: training doesn't go from short to long."""
+    found = dealt(Batches(list(range(1, 401)), 8, seed=0))
+    longest = [max(batch) for batch in found]
+    assert longest != sorted(longest)
+    assert longest[: len(longest) // 2] != sorted(longest)[: len(longest) // 2]
+
+
+@given(
+    lengths=lengths,
+    share=st.integers(1, 6),
+    world=st.integers(1, 4),
+    micro=st.integers(1, 6),
+    epoch=st.integers(0, 2),
+)
+def test_ranks_share_every_global_batch(lengths, share, world, micro, epoch):
+    size, divide = share * world, math.ceil(share / micro)
+    batches = Batches(lengths, size, seed=1, divide=divide)
+    batches.set_epoch(epoch)
+    with as_rank(0, world):
+        expected = batches.global_batches()
+    shares = [dealt(batches, rank, world) for rank in range(world)]
+    assert len({len(share) for share in shares}) == 1  # all ranks take as many steps
+    for step, batch in enumerate(expected):
+        for each in shares:
+            mine = list(itertools.chain(*each[step * divide : (step + 1) * divide]))
+            assert len(mine) in (len(batch) // world, math.ceil(len(batch) / world))
+        parts = [share[step * divide + part] for share in shares for part in range(divide)]
+        assert sorted(itertools.chain(*parts)) == sorted(batch)
+        if len(batch) >= world * divide:
+            assert min(map(len, parts)) >= 1
+            assert max(map(len, parts)) <= micro
+    # Only a last batch that can't give every part an example is left out, so that nobody steps without one.
+    missing = len(lengths) - sum(map(len, expected))
+    assert missing in (0, len(lengths) % size)
+    assert missing < world * divide
+    assert len(expected) == 1 or all(len(batch) >= world * divide for batch in expected)
+
+
+@given(lengths=lengths, size=st.integers(1, 9), world=st.integers(1, 5))
+def test_testing_deals_every_example_to_one_rank(lengths, size, world):
+    shares = [dealt(Batches(lengths, size, seed=None), rank, world) for rank in range(world)]
+    everything = [i for share in shares for batch in share for i in batch]
+    assert sorted(everything) == list(range(len(lengths)))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    alone = dealt(Batches(lengths, size, seed=None))
+    assert [lengths[i] for batch in alone for i in batch] == sorted(lengths)
+
+
+def test_a_loader_hands_out_indices_with_their_examples():
+    stand = Stand()
+    seen = []
+    for batch in stand.batches():
+        assert batch["inputs"]["input_ids"].shape[0] == len(batch["index"]) <= 8
+        for row, index in enumerate(batch["index"].tolist()):
+            tokens = stand.data.train.examples[index]["tokens"]
+            assert batch["inputs"]["input_ids"][row, : len(tokens)].tolist() == tokens
+            assert int(batch["inputs"]["attention_mask"][row].sum()) == len(tokens)
+            seen.append(index)
+    assert sorted(seen) == list(range(37))
+    assert [len(b["index"]) for b in stand.batches(stand.data.tests["many"])] == [32, 32, 6]
+
+
+def test_a_batch_is_cut_for_accumulation():
+    config = make_config(batch_size=12, micro_batch_size=5)
+    stand = Stand()
+    found = loader(stand.data.train, stand.data, config, train=True)
+    sizes = [len(batch["index"]) for batch in found]
+    assert len(found) == len(sizes) == 9  # batches of 12, 12 and 12; the last example can't be cut in three
+    assert sizes == [4] * 9
+
+
+@pytest.mark.parametrize("batch_size,devices,nodes", [(8, 3, 1), (6, 2, 2), (1, 2, 1)])
+def test_a_batch_that_devices_can_t_share_is_refused(batch_size, devices, nodes):
+    config = make_config(batch_size=batch_size, devices=devices, num_nodes=nodes)
+    with pytest.raises(UsageError, match=f"--batch-size {batch_size} can't be divided over {devices * nodes}"):
+        train.check_batch_size(config)
+    train.check_batch_size(make_config(batch_size=8, devices=2, num_nodes=2))
+
+
+# --- how a stage optimises ---
+
+
+@given(warmup=st.floats(0, 0.99), total=st.integers(1, 300))
+def test_the_rate_rises_to_one_and_falls_to_zero(warmup, total):
+    schedule = Schedule(1.0, 1.0, 0.0, warmup, 0.0)
+    factors = [schedule.factor(step, total) for step in range(total + 1)]
+    rising = max(1, round(warmup * total))
+    assert all(0 < factor <= 1 + 1e-12 for factor in factors[:-1])
+    assert factors[:rising] == pytest.approx([(step + 1) / rising for step in range(rising)])
+    assert all(one >= other for one, other in itertools.pairwise(factors[rising - 1 :]))
+    if rising < total:
+        assert factors[-1] == pytest.approx(0, abs=1e-12)
+
+
+def test_the_rate_by_hand():
+    schedule = Schedule(1.0, 1.0, 0.0, 0.2, 0.0)
+    found = [schedule.factor(step, 10) for step in range(11)]
+    falling = [0.5 * (1 + math.cos(math.pi * i / 8)) for i in range(9)]
+    assert found == pytest.approx([0.5, 1.0, *falling], abs=1e-12)
+
+
+def test_biases_norms_and_maps_do_not_decay():
+    stand = Stand(attn="hedgehog")
+    stand.model.bert.pooler.dense.weight.requires_grad_(False)
+    decayed, free = stand.stage().trained()
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
+    names = {id(p): name for name, p in stand.model.named_parameters()}
+    in_free = {names[id(p)] for p in free["params"]}
+    in_decayed = {names[id(p)] for p in decayed["params"]}
+    maps = {id(p) for p in hosts.attention_parameters(stand.model)}
+    assert len(maps) == 4
+    assert in_decayed == {
+        name
+        for name, p in stand.model.named_parameters()
+        if name.endswith("weight") and "Norm" not in name and id(p) not in maps and "pooler.dense" not in name
+    }
+    assert in_free == {name for name, p in stand.model.named_parameters() if p.requires_grad} - in_decayed
+    assert {names[i] for i in maps} <= in_free
+    (group,) = TransferStage(stand.model, SCHEDULE).trained()
+    assert {id(p) for p in group["params"]} == maps
+    assert group["weight_decay"] == 0
+
+
+def test_a_step_divides_by_the_number_of_examples(tmp_path):
+    """The first gradient is that of the mean loss of the first batch, before it is clipped."""
+    stand = Stand()
+    twin = copy.deepcopy(stand.model).train()
+    stage = stand.stage()
+    stand.fit(tmp_path, stage, validate=False)
+    (first,) = {tuple(stand.task.seen[0])}
+    batch = stand.data.collate([stand.data.train.examples[i] for i in first])
+    cross_entropy(twin(**batch["inputs"]).logits, batch["labels"]).backward()
+    for name, parameter in twin.named_parameters():
+        torch.testing.assert_close(stage.gradients[0][name], parameter.grad, atol=1e-6, rtol=1e-5)
+
+
+def test_accumulated_parts_make_the_same_step(tmp_path):
+    stages = []
+    for micro in (None, 2):
+        stand = Stand(train_examples=32, micro_batch_size=micro)
+        stages.append(stand.stage())
+        report = stand.fit(tmp_path / str(micro), stages[-1])
+        assert report.steps == 4
+        assert len(stand.task.seen) == (4 if micro is None else 16)
+    for one, other in zip(stages[0].gradients, stages[1].gradients, strict=True):
+        for name in one:
+            torch.testing.assert_close(one[name], other[name], atol=1e-5, rtol=1e-4)
+
+
+# --- fitting ---
+
+
+def test_training_learns(tmp_path):
+    stand = Stand(train_examples=200)
+    report = stand.fit(tmp_path, stand.stage(Schedule(1e-2, 4.0, 0.0, 0.1, 1.0)))
+    assert report.validation >= 0.9
+    assert (report.steps, report.tokens) == (100, 4 * sum(stand.data.train.lengths))
+    assert report.seconds > 0
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
+@pytest.mark.parametrize("dataset,name", [("contrary", "accuracy"), ("contrary loss", "loss")])
+def test_the_best_epoch_is_kept(dataset, name, tmp_path):
+    stand = Stand(dataset=dataset, train_examples=80)
+    stage = stand.stage(Schedule(1e-2, 4.0, 0.0, 0.0, 1.0))
+    report = stand.fit(tmp_path, stage)
+    scores = [found[name] for found in stage.validations]
+    assert len(scores) == 4
+    best = max(scores) if name == "accuracy" else min(scores)
+    assert abs(scores[-1] - best) > 0.1  # the last epoch is worse
+    assert report.validation == pytest.approx(best, abs=1e-6)
+    found, _ = evaluate(stand.stage(), stand.batches(stand.data.validation), stand.config, title="test")
+    assert found[name] == pytest.approx(best, abs=1e-6)
+
+
+def test_without_validation_the_last_weights_stay(tmp_path):
+    stand = Stand(dataset="contrary", train_examples=80)
+    stage = stand.stage(Schedule(1e-2, 4.0, 0.0, 0.0, 1.0))
+    report = stand.fit(tmp_path, stage, validate=False)
+    assert report.validation is None
+    assert stage.validations == []
+    found, _ = evaluate(stand.stage(), stand.batches(stand.data.validation), stand.config, title="test")
+    assert found["accuracy"] < 0.3
+
+
+@pytest.mark.parametrize("epochs,expected", [(0.3, [2]), (1, [5]), (1.5, [4, 8]), (2, [5, 10]), (2.1, [4, 8, 12])])
+def test_every_begun_epoch_ends_with_a_validation(epochs, expected, tmp_path):
+    stand = Stand()
+    stage = stand.stage(Schedule(1e-3, epochs, 0.0, 0.1, 1.0))
+    report = stand.fit(tmp_path, stage)
+    assert [found["step"] for found in stage.validations] == expected
+    assert report.steps == len(stage.steps) == expected[-1]
+    assert [found["examples"] for found in stage.validations] == [40] * len(expected)
+    factors = [stage.schedule.factor(step, report.steps) for step in range(report.steps)]
+    assert stage.rates == pytest.approx([1e-3 * factor for factor in factors])  # the schedule ends with the stage
+
+
+def test_epochs_differ_in_their_order(tmp_path):
+    stand = Stand()
+    stand.fit(tmp_path, stand.stage(Schedule(1e-3, 2.0, 0.0, 0.1, 1.0)))
+    first, second = stand.task.seen[:5], stand.task.seen[5:]
+    assert first != second
+    assert sorted(itertools.chain(*first)) == sorted(itertools.chain(*second)) == list(range(37))
+    again = Stand()
+    again.fit(tmp_path, again.stage(Schedule(1e-3, 2.0, 0.0, 0.1, 1.0)))
+    assert again.task.seen == stand.task.seen
+    for one, other in zip(stand.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_no_epochs_change_nothing(tmp_path):
+    stand = Stand()
+    before = copy.deepcopy(stand.model.state_dict())
+    report = stand.fit(tmp_path, stand.stage(Schedule(1e-3, 0.0, 0.0, 0.1, 1.0)))
+    assert report == train.StageReport(0.0, 0, 0, None)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in stand.model.state_dict().items())
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_ends_the_run_with_its_step(factor, tmp_path):
+    stand = Stand()
+    stand.task.at[3] = factor
+    with pytest.raises(HHBenchError, match=rf"the loss is {factor} at step 3: try a lower --lr"):
+        stand.fit(tmp_path)
+
+
+def test_an_interrupted_stage_goes_on_from_its_last_step(tmp_path):
+    schedule = Schedule(1e-2, 2.0, 0.1, 0.1, 1.0)
+    whole = Stand()
+    whole_stage = whole.stage(schedule)
+    whole.fit(tmp_path / "whole", whole_stage)
+
+    stand = Stand()
+    stand.task.at[5] = KeyboardInterrupt()  # the first batch of the second epoch
+    with pytest.raises(KeyboardInterrupt):
+        stand.fit(tmp_path / "cut", stand.stage(schedule))
+    assert (tmp_path / "cut" / "last.ckpt").exists()
+
+    resumed = Stand(resume=True)
+    stage = resumed.stage(schedule)
+    report = resumed.fit(tmp_path / "cut", stage)
+    assert stage.steps == [5, 6, 7, 8, 9]
+    assert report.steps == 10
+    assert stage.rates == pytest.approx(whole_stage.rates[5:])
+    assert resumed.task.seen == whole.task.seen[5:]
+    assert [found["step"] for found in stage.validations] == [10]
+    for one, other in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+    assert not list((tmp_path / "cut").glob("*.ckpt"))
+
+
+def test_a_stage_interrupted_in_mid_epoch_sees_the_rest_of_it(tmp_path):
+    schedule = Schedule(1e-2, 2.0, 0.1, 0.1, 1.0)
+    whole = Stand()
+    whole.fit(tmp_path / "whole", whole.stage(schedule))
+    stand = Stand()
+    stand.task.at[7] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        stand.fit(tmp_path / "cut", stand.stage(schedule))
+    resumed = Stand(resume=True)
+    stage = resumed.stage(schedule)
+    resumed.fit(tmp_path / "cut", stage)
+    assert stage.steps == [7, 8, 9]
+    assert resumed.task.seen == whole.task.seen[7:]
+
+
+def test_an_interrupted_stage_is_not_continued_unasked(tmp_path):
+    stand = Stand()
+    stand.task.at[3] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        stand.fit(tmp_path)
+    again = Stand()
+    stage = again.stage()
+    again.fit(tmp_path, stage)
+    assert stage.steps == [0, 1, 2, 3, 4]
+
+
+# --- evaluation ---
+
+
+def test_evaluation_counts_every_example_once():
+    stand = Stand()
+    for name, split in stand.data.tests.items():
+        metrics, scores = evaluate(stand.stage(), stand.batches(split), stand.config, title=name)
+        assert metrics["examples"] == len(split)
+        assert sorted(scores) == list(range(len(split)))
+        assert metrics["loss"] == pytest.approx(sum(scores.values()) / len(split), abs=1e-6)
+        example = stand.data.collate([split.examples[3]])
+        with torch.no_grad():
+            loss = stand.task.step(stand.model.eval(), example | {"index": torch.tensor([3])}).loss
+        assert scores[3] == pytest.approx(float(loss), abs=1e-5)
+
+
+# --- transfer ---
+
+
+def test_a_transfer_stage_trains_the_maps_alone(tmp_path):
+    stand = Stand(train_examples=64)
+    before = copy.deepcopy(stand.model.state_dict())
+    stage = RecordedTransfer(stand.model, Schedule(2e-2, 3.0, 0.1, 0.0, 0.0))
+    report = stand.fit(tmp_path, stage, validate=False)
+    added = {id(p) for p in hosts.attention_parameters(stand.model)}
+    for name, tensor in stand.model.state_dict(keep_vars=True).items():
+        assert torch.equal(tensor, before[name]) == (id(tensor) not in added), name
+    assert report.steps == len(stage.steps) == 24
+    assert report.tokens == 3 * sum(stand.data.train.lengths)
+    assert stage.rates[0] == 2e-2
+    assert stage.rates[-1] < 1e-3
+
+
+def test_a_transfer_step_is_the_mean_over_layers_and_queries(tmp_path):
+    stand = Stand()
+    twin = copy.deepcopy(stand.model).eval()
+    stage = RecordedTransfer(stand.model, SCHEDULE)
+    stand.fit(tmp_path, stage, validate=False)
+    batch = next(iter(stand.batches()))
+    from hhbench.distill import TransferLoss, intercepted
+
+    losses = {name: TransferLoss(weight=1 / (2 * batch["num_tokens"])) for name in hosts.slots(twin)}
+    with torch.no_grad(), intercepted(twin, dict(losses)):
+        train.encode(twin, batch["inputs"])
+    for name, parameter in twin.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(stage.gradients[0][name], parameter.grad, atol=1e-6, rtol=1e-5)
+    assert len(stage.gradients[0]) == 4
+
+
+# --- two processes ---
+
+
+def record(folder: Path, devices: int) -> dict[str, Any]:
+    """Train, transfer and evaluate on so many devices; called in each process."""
+    found: dict[str, Any] = {}
+    stand = Stand(devices=devices)
+    stage = stand.stage(Schedule(1e-2, 1.0, 0.1, 0.1, 1.0))
+    report = stand.fit(folder / "train", stage)
+    found["train"] = {"gradients": stage.gradients, "tokens": report.tokens, "validation": report.validation}
+    found["train"]["weights"] = copy.deepcopy(stand.model.state_dict())
+    for name, split in stand.data.tests.items():
+        found[name] = evaluate(stand.stage(), stand.batches(split), stand.config, title=name)
+    stand = Stand(devices=devices)
+    transfer = RecordedTransfer(stand.model, Schedule(1e-2, 1.0, 0.1, 0.1, 1.0))
+    report = stand.fit(folder / "transfer", transfer, validate=False)
+    found["transfer"] = {"gradients": transfer.gradients, "tokens": report.tokens, "validation": None}
+    found["transfer"]["weights"] = copy.deepcopy(stand.model.state_dict())
+    return found
+
+
+def record_as_rank(folder: str) -> None:
+    """What each of two processes runs."""
+    from hhbench.cluster import connect
+
+    connect(make_config(devices=2))
+    assert train.world_size() == 2
+    found = record(Path(folder), 2)
+    torch.save(found, Path(folder) / f"rank-{train.rank()}.pt")
+    train.barrier()
+
+
+def compare(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        largest = float(other[name].abs().max())
+        torch.testing.assert_close(one[name], other[name], atol=1e-5 * max(largest, 1e-3), rtol=0, msg=name)
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory) -> list[dict[str, Any]]:
+    """What one process found, and what each of two did."""
+    folder = tmp_path_factory.mktemp("ranks")
+    script = folder / "script.py"
+    script.write_text("import sys\nfrom test_train import record_as_rank\nrecord_as_rank(sys.argv[1])\n")
+    paths = [str(Path(__file__).parent), str(Path(train.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run = subprocess.run(
+        [*command, str(script), str(folder)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr[-5000:]
+    ranks = [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
+    return [record(folder / "one", 1), *ranks]
+
+
+@pytest.mark.parametrize("stage", ["train", "transfer"])
+def test_two_processes_take_the_step_of_one(worlds, stage):
+    """Batches of unequal lengths, the last one of an odd number of examples."""
+    one, *ranks = (world[stage] for world in worlds)
+    for found in ranks:
+        assert len(found["gradients"]) == len(one["gradients"]) == 5
+        compare(found["gradients"][0], one["gradients"][0])
+        assert found["tokens"] == one["tokens"] == sum(Stand().data.train.lengths)
+        assert found["validation"] == one["validation"]
+    for name, tensor in ranks[0]["weights"].items():
+        assert torch.equal(tensor, ranks[1]["weights"][name]), name
+
+
+@pytest.mark.parametrize("stage", ["train", "transfer"])
+def test_two_processes_end_where_one_does(worlds, stage):
+    """Five steps of Adam, which magnifies rounding: within a hundredth of a step."""
+    one, two, _ = (world[stage]["weights"] for world in worlds)
+    moved = 0.0
+    start = Stand().model.state_dict()
+    for name, tensor in one.items():
+        if tensor.is_floating_point():
+            moved = max(moved, float((tensor - start[name]).abs().max()))
+            torch.testing.assert_close(two[name], tensor, atol=1e-4, rtol=0, msg=name)
+    assert moved > 1e-2
+
+
+@pytest.mark.parametrize("split,count", [("many", 70), ("few", 5)])
+def test_two_processes_evaluate_every_example_once(worlds, split, count):
+    """Three batches for two ranks, and one: some rank has fewer than another, or none."""
+    (one_metrics, one_scores), *ranks = (world[split] for world in worlds)
+    for metrics, scores in ranks:
+        assert metrics["examples"] == one_metrics["examples"] == count
+        assert metrics["accuracy"] == one_metrics["accuracy"]
+        assert scores.keys() == one_scores.keys() == set(range(count))
+        assert metrics["loss"] == pytest.approx(one_metrics["loss"], abs=1e-4)
