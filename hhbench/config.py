@@ -132,6 +132,12 @@ class RunConfig:
     dropout: float | None = setting(
         "of softmax's weights and of the hidden states", type=float, check=_fraction, group="model and data"
     )
+    data_folder: Path | None = setting(
+        "a local copy of a hub data set, laid out as on the hub",
+        type=Path,
+        changes_result=False,
+        group="model and data",
+    )
     train_examples: int | None = setting(
         "at most so many to train on; 0 = all", type=int, check=_not_negative, group="model and data"
     )
@@ -154,6 +160,9 @@ class RunConfig:
     transfer_lr: float | None = setting("of attention transfer", type=float, check=_positive, group="training")
     weight_decay: float | None = setting(
         "of AdamW; none on biases and norms", type=float, check=_not_negative, group="training"
+    )
+    beta2: float | None = setting(
+        "AdamW's second beta: how long it remembers squared gradients", type=float, check=_fraction, group="training"
     )
     warmup: float | None = setting(
         "part of the steps over which the learning rate rises", type=float, check=_fraction, group="training"
@@ -249,7 +258,8 @@ class RunConfig:
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return values | {"option": self.options, "out": str(self.out), "tune": list(self.tune)}
+        paths = {name: str(values[name]) for name in ("out", "data_folder") if values[name] is not None}
+        return values | paths | {"option": self.options, "tune": list(self.tune)}
 
     def identity(self) -> dict[str, Any]:
         """The settings that can change a number."""

@@ -420,8 +420,22 @@ def transformers_model(auto: Any, source: str, *, pretrained: bool, dropout: flo
     return model
 
 
-def gpt2(name: str, *, vocab: int, max_len: int, dropout: float) -> nn.Module:
+def gpt2(
+    name: str,
+    *,
+    vocab: int,
+    max_len: int,
+    dropout: float,
+    mlp_ratio: int = 4,
+    initializer_range: float = 0.02,
+    sinusoidal: float | None = None,
+) -> nn.Module:
     """A GPT-2 with random weights: `gpt2-LAYERSxWIDTHxHEADS`.
+
+    Args:
+        initializer_range: standard deviation of its weights. GPT-2's own 0.02 is for models a hundred times wider:
+            small ones take long to begin to attend.
+        sinusoidal: start the learned positions from the sinusoids of Vaswani et al. (2017), this large, instead.
 
     Raises:
         UsageError: the name isn't of that form, or the heads don't divide the width.
@@ -439,13 +453,19 @@ def gpt2(name: str, *, vocab: int, max_len: int, dropout: float) -> nn.Module:
             n_layer=layers,
             n_embd=width,
             n_head=heads,
+            n_inner=mlp_ratio * width,
             attn_pdrop=dropout,
             embd_pdrop=dropout,
             resid_pdrop=0.0,
+            initializer_range=initializer_range,
             bos_token_id=None,
             eos_token_id=None,
         )
     )
+    if sinusoidal is not None:
+        angles = torch.arange(max_len)[:, None] * 1000.0 ** (-torch.arange(0, width, 2) / width)
+        waves = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :width]
+        model.transformer.wpe.weight.data.copy_(sinusoidal * waves)  # type: ignore[union-attr, operator]
     return model
 
 

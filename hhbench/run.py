@@ -60,7 +60,7 @@ FIDELITY_EXAMPLES = 128  # of the validation split, on which KL and entropies ar
 # What a teacher depends on: not on the attention, nor on what happens after the swap.
 TEACHER_SETTINGS = (
     "task", "dataset", "preset", "model", "max_len", "dropout", "train_examples", "test_examples", "batch_size",
-    "teacher_epochs", "teacher_lr", "teacher_seed", "weight_decay", "warmup", "clip", "precision",
+    "teacher_epochs", "teacher_lr", "teacher_seed", "weight_decay", "beta2", "warmup", "clip", "precision",
 )  # fmt: skip
 
 
@@ -152,7 +152,7 @@ def prepare(config: RunConfig) -> Plan:
     )
     config = config.filled(task.settings(config))
     blank = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) is None]
-    if missing := set(blank) - {"recipe", "micro_batch_size"}:
+    if missing := set(blank) - {"recipe", "micro_batch_size", "data_folder"}:
         raise HHBenchError(f"the {config.preset} preset of {task.name} leaves {', '.join(sorted(missing))} blank")
     _check_machine(config)
     plan = Plan(given, config, task, spec)
@@ -490,7 +490,9 @@ class _Run:
 
     def _schedule(self, lr: float, epochs: float) -> Schedule:
         c = self.config
-        return Schedule(lr, epochs, float(c.weight_decay or 0), float(c.warmup or 0), float(c.clip or 0))
+        return Schedule(
+            lr, epochs, float(c.weight_decay or 0), float(c.beta2 or 0), float(c.warmup or 0), float(c.clip or 0)
+        )
 
     def _spent(self, stage: str, report: StageReport) -> None:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + report.seconds

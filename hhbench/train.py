@@ -80,6 +80,7 @@ class Batches(Sampler[list[int]]):
     def __init__(self, lengths: list[int], batch_size: int, *, seed: int | None, divide: int = 1) -> None:
         self.lengths, self.batch_size, self.seed, self.divide = lengths, batch_size, seed, divide
         self.epoch = 0
+        self.taken: dict[int, int] = {}  # by epoch, the batches that an interrupted run took of it
 
     @property
     def sampler(self) -> "Batches":
@@ -90,9 +91,10 @@ class Batches(Sampler[list[int]]):
         self.epoch = epoch
 
     def global_batches(self) -> list[list[int]]:
-        indices = sorted(range(len(self.lengths)), key=lambda i: self.lengths[i])
         if self.seed is None:
-            return [indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
+            indices = sorted(range(len(self.lengths)), key=lambda i: self.lengths[i])
+            size = min(self.batch_size, max(1, len(indices) // world_size()))  # Lightning wants a batch on every rank
+            return [indices[i : i + size] for i in range(0, len(indices), size)]
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
         size = self.batch_size * self.POOL
@@ -109,10 +111,9 @@ class Batches(Sampler[list[int]]):
         if self.seed is None:
             yield from batches[rank() :: world_size()]
             return
-        for batch in batches:
-            share = batch[rank() :: world_size()]
-            for part in range(self.divide):
-                yield share[part :: self.divide]
+        shares = [batch[rank() :: world_size()] for batch in batches]
+        parts = [share[part :: self.divide] for share in shares for part in range(self.divide)]
+        yield from parts[self.taken.get(self.epoch, 0) :]
 
     def __len__(self) -> int:
         batches = len(self.global_batches())
@@ -179,6 +180,7 @@ class Schedule:
     lr: float
     epochs: float
     weight_decay: float
+    beta2: float
     warmup: float
     clip: float
 
@@ -202,8 +204,12 @@ class _Stage(lightning.LightningModule):
         raise NotImplementedError
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        # One kernel for all parameters: on a CPU the plain loop costs a fifth of a small encoder's step.
-        optimizer = torch.optim.AdamW(self.trained(), lr=self.schedule.lr, fused=self.device.type in ("cpu", "cuda"))
+        optimizer = torch.optim.AdamW(
+            self.trained(),
+            lr=self.schedule.lr,
+            betas=(0.9, self.schedule.beta2),
+            fused=self.device.type in ("cpu", "cuda"),  # the plain loop costs a fifth of a small encoder's step
+        )
         total = int(self.trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.factor(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -244,7 +250,7 @@ class TrainStage(_Stage):
         loss = out.loss * (world_size() / everywhere)  # DDP divides the gradients' sum by the world size
         if not torch.isfinite(loss):
             raise HHBenchError(
-                f"the loss is {float(loss)} at step {self.global_step}: try a lower --lr or precision 32-true"
+                f"the loss is {float(loss.detach())} at step {self.global_step}: try a lower --lr or precision 32-true"
             )
         self.log("train/loss", loss.detach(), prog_bar=True)
         return loss
@@ -291,6 +297,7 @@ class TransferStage(_Stage):
     def __init__(self, model: nn.Module, schedule: Schedule) -> None:
         super().__init__(model, schedule)
         self.losses = {name: TransferLoss() for name in slots(model)}
+        self.accumulation = 1  # forward passes per step; Lightning counts them for automatic optimization only
 
     def trained(self) -> list[dict[str, Any]]:
         return [{"params": attention_parameters(self.model), "weight_decay": 0.0}]
@@ -298,14 +305,25 @@ class TransferStage(_Stage):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         self.model.eval()  # nothing is dropped out: each layer mimics the softmax that will be used
-        optimizer.zero_grad()  # type: ignore[union-attr]
+        if batch_idx % self.accumulation == 0:
+            optimizer.zero_grad()  # type: ignore[union-attr]
         queries = attended_tokens(batch)
         self.tokens += queries
-        weight = world_size() / (len(self.losses) * summed_over_ranks(queries, self.device))
+        everywhere = summed_over_ranks(queries, self.device)
+        weight = world_size() / (len(self.losses) * everywhere * self.accumulation)
         for loss in self.losses.values():
             loss.weight = weight
         with torch.no_grad(), intercepted(self.model, dict(self.losses)):
             encode(self.model, batch["inputs"])
+        total = torch.stack([loss.total for loss in self.losses.values()]).mean() / queries
+        if not torch.isfinite(total):
+            raise HHBenchError(
+                f"the transfer loss is {float(total)} at step {self.global_step}: try a lower --transfer-lr or "
+                "precision 32-true"
+            )
+        self.log("transfer/loss", total, prog_bar=True)
+        if (batch_idx + 1) % self.accumulation:
+            return
         parameters = attention_parameters(self.model)
         if world_size() > 1:
             for parameter in parameters:
@@ -317,8 +335,6 @@ class TransferStage(_Stage):
             torch.nn.utils.clip_grad_norm_(parameters, self.schedule.clip)
         optimizer.step()  # type: ignore[union-attr]
         scheduler.step()  # type: ignore[union-attr]
-        total = torch.stack([loss.total for loss in self.losses.values()]).mean() / queries
-        self.log("transfer/loss", total, prog_bar=True)
 
 
 def encode(model: nn.Module, inputs: Batch) -> None:
@@ -383,7 +399,18 @@ class _SaveOnInterrupt(Callback):
         self, trainer: lightning.Trainer, module: lightning.LightningModule, exception: BaseException
     ) -> None:
         if isinstance(exception, KeyboardInterrupt) and trainer.global_step:
+            # Lightning counts the batch that was cut short, and would validate a step early ever after.
+            batches = trainer.fit_loop.epoch_loop.batch_progress.total
+            batches.ready = batches.completed
             trainer.save_checkpoint(self.path)
+
+
+def _skip_taken(batches: Batches, checkpoint: Path) -> None:
+    """Have the epoch that was interrupted go on where it was: Lightning would start it afresh."""
+    loops = torch.load(checkpoint, map_location="cpu", weights_only=True)["loops"]["fit_loop"]
+    epoch = loops["epoch_progress"]["current"]["processed"]
+    batches.set_epoch(epoch)
+    batches.taken = {epoch: loops["epoch_loop.batch_progress"]["current"]["completed"]}
 
 
 def fit(
@@ -403,13 +430,15 @@ def fit(
             `config.resume` goes on.
         title: what the progress bar says.
     """
-    batches_per_step = _accumulation(config) if isinstance(stage, TrainStage) else 1
+    batches_per_step = _accumulation(config)
     steps = math.ceil(stage.schedule.epochs * len(train) / batches_per_step)
     if steps == 0:
         return StageReport(0.0, 0, 0, None)
     # One validation per begun epoch, the last one at the very end.
     validations = math.ceil(stage.schedule.epochs)
     steps = validations * math.ceil(steps / validations)
+    if isinstance(stage, TransferStage):
+        stage.accumulation = batches_per_step
     last = folder / "last.ckpt"
     clock = _Clock()
     callbacks: list[Callback] = [Progress(title, steps), clock, _SaveOnInterrupt(last)]
@@ -432,7 +461,7 @@ def fit(
             check_val_every_n_epoch=None,
             val_check_interval=steps // validations * batches_per_step,
             limit_val_batches=1.0 if validation is not None else 0,
-            accumulate_grad_batches=batches_per_step,
+            accumulate_grad_batches=batches_per_step if isinstance(stage, TrainStage) else 1,
             gradient_clip_val=stage.schedule.clip or None if isinstance(stage, TrainStage) else None,
             callbacks=callbacks,
             logger=_logger(config, folder),
@@ -442,6 +471,8 @@ def fit(
         resume = str(last) if config.resume and last.exists() else None
         if resume:
             log.info("continuing %s from %s", title, last)
+            assert isinstance(train.batch_sampler, Batches)
+            _skip_taken(train.batch_sampler, last)
         with _interruptible():
             trainer.fit(stage, train, validation, ckpt_path=resume, weights_only=True)
     if best is not None and best.best_model_path:

@@ -1,7 +1,7 @@
 """Write the tables and the plot of the README from the result files in docs/results.
 
-    python scripts/publish.py                 rewrite README.md and docs/mini.png
-    python scripts/publish.py runs            first copy every result below runs/ to docs/results
+python scripts/publish.py                 rewrite README.md and docs/mini.png
+python scripts/publish.py runs            first copy every result below runs/ to docs/results
 """
 
 import sys

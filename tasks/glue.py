@@ -145,6 +145,7 @@ class Glue(Task):
                 "transfer_epochs": 10.0,  # unverified
                 "transfer_lr": 1e-2,  # unverified
                 "weight_decay": 0.0,
+                "beta2": 0.999,
                 "warmup": 0.1,  # unverified
                 "clip": 1.0,  # unverified
             }
@@ -155,13 +156,14 @@ class Glue(Task):
             "train_examples": 3000,
             "test_examples": 2000,
             "batch_size": 16,
-            "epochs": 1.0 if converts else 3.0,
+            "epochs": 0.5 if converts else 3.0,
             "lr": 1e-4,
-            "teacher_epochs": 2.0,
+            "teacher_epochs": 1.0,
             "teacher_lr": 1e-4,
-            "transfer_epochs": 1.0,
+            "transfer_epochs": 0.5,
             "transfer_lr": 1e-2,
             "weight_decay": 0.01,
+            "beta2": 0.999,
             "warmup": 0.1,
             "clip": 1.0,
         }
@@ -178,7 +180,7 @@ class Glue(Task):
 
     def load_data(self, config: RunConfig) -> TaskData:
         name = str(config.dataset)
-        texts = _load(name, user=name not in self.datasets)
+        texts = _load(name, config.data_folder, user=name not in self.datasets)
         tokenizer = hosts.tokenizer(_source(config))
         max_len = int(config.max_len or 0)
 
@@ -237,9 +239,11 @@ class _PearsonSpearman(SpearmanCorrCoef):
     def compute(self) -> Tensor:
         from torchmetrics.utilities import dim_zero_cat
 
+        predictions = dim_zero_cat(self.preds)
         pearson = PearsonCorrCoef().to(self.device)
-        both: Tensor = super().compute() + pearson(dim_zero_cat(self.preds), dim_zero_cat(self.target))
-        return both / 2
+        both: Tensor = (super().compute() + pearson(predictions, dim_zero_cat(self.target))) / 2
+        # A model that says the same of everything correlates with nothing; NaN would cost the run its result.
+        return both.nan_to_num(nan=0.0) if predictions.isfinite().all() else both
 
 
 def _source(config: RunConfig) -> str:
@@ -277,14 +281,14 @@ def _collate(examples: Sequence[Example], pad: int) -> Batch:
     return {"inputs": inputs, "labels": labels, "num_tokens": sum(len(i) for i in ids)}
 
 
-def _load(name: str, *, user: bool) -> _Texts:
+def _load(name: str, folder: Path | None, *, user: bool) -> _Texts:
     if user:
         return _from_table(_user_table(name))
     if name == "movie-reviews":
         return _movie_reviews()
     if name == "snli":
         return _snli()
-    return _glue(name)
+    return _glue(name, folder)
 
 
 def _movie_reviews() -> _Texts:
@@ -300,7 +304,7 @@ def _movie_reviews() -> _Texts:
         (text, None, float(rating > 0)) for text, rating in ratings.items() if abs(rating) > 0.5
     ]
     random.Random(0).shuffle(rows)
-    return _Texts(rows[3000:], rows[2000:3000], {"test": rows[:2000]}, 2, {MOVIE_REVIEWS.name: MOVIE_REVIEWS.sha256})
+    return _Texts(rows[2500:], rows[2000:2500], {"test": rows[:2000]}, 2, {MOVIE_REVIEWS.name: MOVIE_REVIEWS.sha256})
 
 
 def _snli() -> _Texts:
@@ -319,19 +323,16 @@ def _snli() -> _Texts:
     premises = sorted({premise for premise, _, _ in train})
     random.Random(0).shuffle(premises)
     held_out = set(premises[:400])
-    validation = [row for row in train if row[0] in held_out][:1000]
+    validation = [row for row in train if row[0] in held_out][:500]
     rest = [row for row in train if row[0] not in held_out]
     for rows in (rest, test):
         random.Random(0).shuffle(rows)
     return _Texts(rest, validation, {"test": test}, 3, {SNLI.name: SNLI.sha256})
 
 
-def _glue(name: str) -> _Texts:
-    """A GLUE set from the hub, or from the folder in HHBENCH_GLUE that is laid out like it."""
-    import os
-
-    folder = os.environ.get("HHBENCH_GLUE")
-    splits = data.hub_table(GLUE_REPO, name, folder=Path(folder) if folder else None)
+def _glue(name: str, folder: Path | None) -> _Texts:
+    """A GLUE set from the hub, or from a folder that is laid out like it."""
+    splits = data.hub_table(GLUE_REPO, name, folder=folder)
     columns = COLUMNS[name]
 
     def rows(split: str) -> list[tuple[str, str | None, float]]:

@@ -84,24 +84,26 @@ class LanguageModelling(Task):
                 "transfer_epochs": 2.0,
                 "transfer_lr": 1e-2,  # unverified
                 "weight_decay": 0.1,
+                "beta2": 0.999,
                 "warmup": 0.01,
                 "clip": 1.0,
             }
         return {
-            "model": "gpt2-4x128x4",
-            "max_len": 256,
+            "model": "gpt2-4x96x4",
+            "max_len": 128,
             "dropout": 0.0,
             "train_examples": 0,
             "test_examples": 0,
             "batch_size": 8,
-            "epochs": 1.0,
-            "lr": 2e-3,
+            "epochs": 1.0 if not converts else 0.2,
+            "lr": 3e-3 if not converts else 1e-3,
             "teacher_epochs": 1.0,
-            "teacher_lr": 2e-3,
-            "transfer_epochs": 0.25,
+            "teacher_lr": 3e-3,
+            "transfer_epochs": 0.1,
             "transfer_lr": 1e-2,
             "weight_decay": 0.1,
-            "warmup": 0.05,
+            "beta2": 0.99,
+            "warmup": 0.07,
             "clip": 1.0,
         }
 
@@ -111,7 +113,7 @@ class LanguageModelling(Task):
         return super().dataset(name)
 
     def load_data(self, config: RunConfig) -> TaskData:
-        texts = _load(str(config.dataset))
+        texts = _load(str(config.dataset), config.data_folder)
         if _is_small(config):
             if config.regime == "pretrained-conversion":
                 raise UsageError(f"{config.model} has no pretrained weights: name a model that has with --model")
@@ -123,10 +125,13 @@ class LanguageModelling(Task):
         if not len(train):
             raise DataError(f"{config.dataset} is shorter than one window of {length} tokens: lower --max-len")
         limit = int(config.test_examples or 0)
+        validation, test = (_windows(text, tokenizer, length).first(limit) for text in (texts.validation, texts.test))
+        if not (len(validation) and len(test)):
+            raise DataError(f"{config.dataset} has no text to {'test' if len(validation) else 'validate'} on")
         return TaskData(
             train=train,
-            validation=_windows(texts.validation, tokenizer, length).first(limit),
-            tests={"test": _windows(texts.test, tokenizer, length).first(limit)},
+            validation=validation,
+            tests={"test": test},
             collate=_collate,
             hashes=texts.hashes,
             facts={"vocab": tokenizer.get_vocab_size()},
@@ -142,7 +147,14 @@ class LanguageModelling(Task):
 
         length, dropout = int(config.max_len or 0), float(config.dropout or 0)
         if _is_small(config):
-            return hosts.gpt2(str(config.model), vocab=data.facts["vocab"], max_len=length, dropout=dropout)
+            return hosts.gpt2(
+                str(config.model),
+                vocab=data.facts["vocab"],
+                max_len=length,
+                dropout=dropout,
+                initializer_range=0.05,
+                sinusoidal=0.05,
+            )
         return hosts.transformers_model(
             AutoModelForCausalLM, str(config.model), pretrained=config.regime != "scratch", dropout=dropout
         )
@@ -193,11 +205,11 @@ def _is_small(config: RunConfig) -> bool:
 # ---- text ------------------------------------------------------------------------------------------------------
 
 
-def _load(name: str) -> _Texts:
+def _load(name: str, folder: Path | None) -> _Texts:
     if name == "wikipedia":
         return _wikipedia_splits()
     if name == "wikitext103":
-        splits = data.hub_table("Salesforce/wikitext", "wikitext-103-raw-v1")
+        splits = data.hub_table("Salesforce/wikitext", "wikitext-103-raw-v1", folder=folder)
         text = {split: "".join(splits[split]["text"]) for split in ("train", "validation", "test")}
         return _Texts(**text, hashes={name: data.hash_text("".join(text.values()))})
     return _users(Path(name))
@@ -253,7 +265,7 @@ def _users(path: Path) -> _Texts:
 
 # ---- tokens ----------------------------------------------------------------------------------------------------
 
-VOCAB = 2048
+VOCAB = 512  # small, so that a few minutes suffice to get past the frequencies of tokens
 
 
 @cache

@@ -416,7 +416,17 @@ def test_data_fetch_of_what_needs_no_fetching(call):
 def test_doctor(call, tmp_path):
     code, out, _ = call("doctor")
     assert code == 0
-    for word in ("python", "torch", "lightning", "transformers", "timm", "pip", "cache", str(tmp_path / "cache"), "off"):
+    for word in (
+        "python",
+        "torch",
+        "lightning",
+        "transformers",
+        "timm",
+        "pip",
+        "cache",
+        str(tmp_path / "cache"),
+        "off",
+    ):
         assert word in out
 
 

@@ -104,7 +104,9 @@ def test_the_attention_of_contributing_is_the_one_of_the_readme() -> None:
 
 def test_no_registry_s_host_is_named() -> None:
     names = "|".join(["pypi" + r"\.org", "huggingface" + r"\.co", "npmjs" + r"\.", "pythonhosted", "debian" + r"\.org"])
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
     for name in filter(None, listed):
         content = (ROOT / name).read_bytes()
         assert not re.search(names.encode(), content), f"{name} names a host"

@@ -82,9 +82,9 @@ def check_complete(made: result.Result, path: Path) -> None:
     assert result.load(path) == made
     assert made.key == result.key_of(made.identity)
     again = RunConfig.from_dict(made.config)
-    assert again.identity() == {
-        name: made.config[name] for name in again.identity()
-    }, "the settings in a result make the config again"
+    assert again.identity() == {name: made.config[name] for name in again.identity()}, (
+        "the settings in a result make the config again"
+    )
     blank = {name for name, value in made.config.items() if value is None}
     assert blank <= {"recipe", "micro_batch_size"}
     assert made.metrics[made.score.name] == made.score.value
@@ -148,9 +148,7 @@ def test_each_attention_has_a_default_recipe(out):
 
 
 def test_transfer_lowers_the_divergence(out):
-    made = execute(
-        recall(out, regime=CONVERSION, recipe="transfer-only", train_examples=512, transfer_epochs=4.0)
-    )[0]
+    made = execute(recall(out, regime=CONVERSION, recipe="transfer-only", train_examples=512, transfer_epochs=4.0))[0]
     assert sum(made.fidelity["kl_after"]) < sum(made.fidelity["kl_before"])
 
 
@@ -187,9 +185,7 @@ def test_softmax_gets_the_same_second_stage(out):
 
 
 def test_task_train_tokens_are_the_regimes_not_the_recipes(out):
-    tokens = {
-        execute(recall(out, regime=CONVERSION, recipe=recipe))[0].task["train_tokens"] for recipe in RECIPES
-    }
+    tokens = {execute(recall(out, regime=CONVERSION, recipe=recipe))[0].task["train_tokens"] for recipe in RECIPES}
     assert len(tokens) == 1
 
 
@@ -384,34 +380,6 @@ def test_what_can_not_be_is_refused(tmp_path, changes, message):
     with pytest.raises(UsageError, match=message):
         execute(recall(tmp_path, **changes))
     assert not list(tmp_path.rglob("*.safetensors"))
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"preset": "minni"}, {"regime": "scrath"}, {"recipe": "hedgehogg"}, {"precision": "16"}, {"logger": "cvs"},
-        {"seed": -1}, {"epochs": -1.0}, {"lr": 0.0}, {"batch_size": 0}, {"max_len": 0}, {"dropout": 1.0},
-        {"warmup": -0.1}, {"lr": float("nan")}, {"lr": float("inf")}, {"epochs": float("inf")}, {"task": ""},
-        {"tune": (-1.0,)}, {"tune": (float("nan"),)}, {"seed": 2**70},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_a_config_checks_itself(changes):
-    with pytest.raises(UsageError):
-        RunConfig(**({"task": "recall", "attn": "elu"} | changes))
-
-
-def test_yaml_values_are_converted_or_refused():
-    config = RunConfig.from_dict(
-        {"task": "recall", "attn": "elu", "lr": "1e-3", "batch-size": "8", "tune": [1e-3, "1e-2"], "out": "x",
-         "option": {"b": 1, "a": 2}}
-    )  # fmt: skip
-    assert (config.lr, config.batch_size, config.tune, config.out) == (1e-3, 8, (1e-3, 1e-2), Path("x"))
-    assert config.options == {"a": 2, "b": 1}
-    assert RunConfig.from_dict({"task": "a", "attn": "b", "tune": "lr=1e-3,3e-3"}).tune == (1e-3, 3e-3)
-    for wrong in ({"lr": "fast"}, {"seed": 1.5}, {"tune": ["a"]}, {"option": "activation"}, {"bach_size": 8}):
-        with pytest.raises(UsageError):
-            RunConfig.from_dict({"task": "a", "attn": "b"} | wrong)
 
 
 def test_a_run_is_one_data_set(out):

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import itertools
 import math
 import os
@@ -27,7 +28,13 @@ from hhbench.task import Batch, Dataset, Example, Split, StepOutput, Task, TaskD
 from hhbench.train import Batches, Schedule, TrainStage, TransferStage, evaluate, fit, loader
 
 VOCAB, LONGEST = 20, 9
-SCHEDULE = Schedule(lr=1e-2, epochs=1.0, weight_decay=0.1, warmup=0.1, clip=1.0)
+
+
+def make_schedule(lr: float, epochs: float, weight_decay: float, warmup: float, clip: float) -> Schedule:
+    return Schedule(lr=lr, epochs=epochs, weight_decay=weight_decay, beta2=0.999, warmup=warmup, clip=clip)
+
+
+SCHEDULE = make_schedule(1e-2, 1.0, 0.1, 0.1, 1.0)
 
 
 class Tiny(Task):
@@ -295,6 +302,8 @@ def test_testing_deals_every_example_to_one_rank(lengths, size, world):
     everything = [i for share in shares for batch in share for i in batch]
     assert sorted(everything) == list(range(len(lengths)))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert len(lengths) < world or min(map(len, shares)) >= 1
+    assert all(len(batch) <= size for share in shares for batch in share)
     alone = dealt(Batches(lengths, size, seed=None))
     assert [lengths[i] for batch in alone for i in batch] == sorted(lengths)
 
@@ -335,7 +344,7 @@ def test_a_batch_that_devices_can_t_share_is_refused(batch_size, devices, nodes)
 
 @given(warmup=st.floats(0, 0.99), total=st.integers(1, 300))
 def test_the_rate_rises_to_one_and_falls_to_zero(warmup, total):
-    schedule = Schedule(1.0, 1.0, 0.0, warmup, 0.0)
+    schedule = make_schedule(1.0, 1.0, 0.0, warmup, 0.0)
     factors = [schedule.factor(step, total) for step in range(total + 1)]
     rising = max(1, round(warmup * total))
     assert all(0 < factor <= 1 + 1e-12 for factor in factors[:-1])
@@ -346,7 +355,7 @@ def test_the_rate_rises_to_one_and_falls_to_zero(warmup, total):
 
 
 def test_the_rate_by_hand():
-    schedule = Schedule(1.0, 1.0, 0.0, 0.2, 0.0)
+    schedule = make_schedule(1.0, 1.0, 0.0, 0.2, 0.0)
     found = [schedule.factor(step, 10) for step in range(11)]
     falling = [0.5 * (1 + math.cos(math.pi * i / 8)) for i in range(9)]
     assert found == pytest.approx([0.5, 1.0, *falling], abs=1e-12)
@@ -387,14 +396,18 @@ def test_a_step_divides_by_the_number_of_examples(tmp_path):
         torch.testing.assert_close(stage.gradients[0][name], parameter.grad, atol=1e-6, rtol=1e-5)
 
 
-def test_accumulated_parts_make_the_same_step(tmp_path):
+@pytest.mark.parametrize("kind", ["train", "transfer"])
+def test_accumulated_parts_make_the_same_step(kind, tmp_path):
     stages = []
     for micro in (None, 2):
         stand = Stand(train_examples=32, micro_batch_size=micro)
-        stages.append(stand.stage())
-        report = stand.fit(tmp_path / str(micro), stages[-1])
-        assert report.steps == 4
-        assert len(stand.task.seen) == (4 if micro is None else 16)
+        alike = [{"tokens": (e["tokens"] * LONGEST)[:5], "label": e["label"]} for e in stand.data.train.examples]
+        stand.data = dataclasses.replace(stand.data, train=Split(alike, [5] * 32))
+        stages.append(stand.stage() if kind == "train" else RecordedTransfer(stand.model, SCHEDULE))
+        report = stand.fit(tmp_path / str(micro), stages[-1], validate=kind == "train")
+        assert report.steps == len(stages[-1].steps) == 4
+        assert report.tokens == 32 * 5
+        assert len(stand.batches()) == (4 if micro is None else 16)
     for one, other in zip(stages[0].gradients, stages[1].gradients, strict=True):
         for name in one:
             torch.testing.assert_close(one[name], other[name], atol=1e-5, rtol=1e-4)
@@ -405,7 +418,7 @@ def test_accumulated_parts_make_the_same_step(tmp_path):
 
 def test_training_learns(tmp_path):
     stand = Stand(train_examples=200)
-    report = stand.fit(tmp_path, stand.stage(Schedule(1e-2, 4.0, 0.0, 0.1, 1.0)))
+    report = stand.fit(tmp_path, stand.stage(make_schedule(1e-2, 4.0, 0.0, 0.1, 1.0)))
     assert report.validation >= 0.9
     assert (report.steps, report.tokens) == (100, 4 * sum(stand.data.train.lengths))
     assert report.seconds > 0
@@ -415,7 +428,7 @@ def test_training_learns(tmp_path):
 @pytest.mark.parametrize("dataset,name", [("contrary", "accuracy"), ("contrary loss", "loss")])
 def test_the_best_epoch_is_kept(dataset, name, tmp_path):
     stand = Stand(dataset=dataset, train_examples=80)
-    stage = stand.stage(Schedule(1e-2, 4.0, 0.0, 0.0, 1.0))
+    stage = stand.stage(make_schedule(1e-2, 4.0, 0.0, 0.0, 1.0))
     report = stand.fit(tmp_path, stage)
     scores = [found[name] for found in stage.validations]
     assert len(scores) == 4
@@ -428,7 +441,7 @@ def test_the_best_epoch_is_kept(dataset, name, tmp_path):
 
 def test_without_validation_the_last_weights_stay(tmp_path):
     stand = Stand(dataset="contrary", train_examples=80)
-    stage = stand.stage(Schedule(1e-2, 4.0, 0.0, 0.0, 1.0))
+    stage = stand.stage(make_schedule(1e-2, 4.0, 0.0, 0.0, 1.0))
     report = stand.fit(tmp_path, stage, validate=False)
     assert report.validation is None
     assert stage.validations == []
@@ -439,7 +452,7 @@ def test_without_validation_the_last_weights_stay(tmp_path):
 @pytest.mark.parametrize("epochs,expected", [(0.3, [2]), (1, [5]), (1.5, [4, 8]), (2, [5, 10]), (2.1, [4, 8, 12])])
 def test_every_begun_epoch_ends_with_a_validation(epochs, expected, tmp_path):
     stand = Stand()
-    stage = stand.stage(Schedule(1e-3, epochs, 0.0, 0.1, 1.0))
+    stage = stand.stage(make_schedule(1e-3, epochs, 0.0, 0.1, 1.0))
     report = stand.fit(tmp_path, stage)
     assert [found["step"] for found in stage.validations] == expected
     assert report.steps == len(stage.steps) == expected[-1]
@@ -450,12 +463,12 @@ def test_every_begun_epoch_ends_with_a_validation(epochs, expected, tmp_path):
 
 def test_epochs_differ_in_their_order(tmp_path):
     stand = Stand()
-    stand.fit(tmp_path, stand.stage(Schedule(1e-3, 2.0, 0.0, 0.1, 1.0)))
+    stand.fit(tmp_path, stand.stage(make_schedule(1e-3, 2.0, 0.0, 0.1, 1.0)))
     first, second = stand.task.seen[:5], stand.task.seen[5:]
     assert first != second
     assert sorted(itertools.chain(*first)) == sorted(itertools.chain(*second)) == list(range(37))
     again = Stand()
-    again.fit(tmp_path, again.stage(Schedule(1e-3, 2.0, 0.0, 0.1, 1.0)))
+    again.fit(tmp_path, again.stage(make_schedule(1e-3, 2.0, 0.0, 0.1, 1.0)))
     assert again.task.seen == stand.task.seen
     for one, other in zip(stand.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(one, other)
@@ -464,7 +477,7 @@ def test_epochs_differ_in_their_order(tmp_path):
 def test_no_epochs_change_nothing(tmp_path):
     stand = Stand()
     before = copy.deepcopy(stand.model.state_dict())
-    report = stand.fit(tmp_path, stand.stage(Schedule(1e-3, 0.0, 0.0, 0.1, 1.0)))
+    report = stand.fit(tmp_path, stand.stage(make_schedule(1e-3, 0.0, 0.0, 0.1, 1.0)))
     assert report == train.StageReport(0.0, 0, 0, None)
     assert all(torch.equal(tensor, before[name]) for name, tensor in stand.model.state_dict().items())
 
@@ -477,8 +490,22 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_step(factor, tmp_path):
         stand.fit(tmp_path)
 
 
+def test_a_transfer_loss_that_is_no_number_ends_the_run_with_its_step(tmp_path):
+    stand = Stand()
+    stage = RecordedTransfer(stand.model, SCHEDULE)
+
+    def break_at_two(batch: Batch, batch_idx: int) -> None:
+        if batch_idx == 2:
+            stand.model.bert.encoder.layer[1].attention.self.query.weight.data.fill_(math.nan)
+
+    stage.on_train_batch_start = break_at_two
+    with pytest.raises(HHBenchError, match="the transfer loss is nan at step 2"):
+        stand.fit(tmp_path, stage, validate=False)
+    assert all(p.isfinite().all() for p in hosts.attention_parameters(stand.model))
+
+
 def test_an_interrupted_stage_goes_on_from_its_last_step(tmp_path):
-    schedule = Schedule(1e-2, 2.0, 0.1, 0.1, 1.0)
+    schedule = make_schedule(1e-2, 2.0, 0.1, 0.1, 1.0)
     whole = Stand()
     whole_stage = whole.stage(schedule)
     whole.fit(tmp_path / "whole", whole_stage)
@@ -503,7 +530,7 @@ def test_an_interrupted_stage_goes_on_from_its_last_step(tmp_path):
 
 
 def test_a_stage_interrupted_in_mid_epoch_sees_the_rest_of_it(tmp_path):
-    schedule = Schedule(1e-2, 2.0, 0.1, 0.1, 1.0)
+    schedule = make_schedule(1e-2, 2.0, 0.1, 0.1, 1.0)
     whole = Stand()
     whole.fit(tmp_path / "whole", whole.stage(schedule))
     stand = Stand()
@@ -515,6 +542,72 @@ def test_a_stage_interrupted_in_mid_epoch_sees_the_rest_of_it(tmp_path):
     resumed.fit(tmp_path / "cut", stage)
     assert stage.steps == [7, 8, 9]
     assert resumed.task.seen == whole.task.seen[7:]
+
+
+@pytest.mark.parametrize("cuts", [(2, 5, 8), (4, 4, 9)])
+def test_a_stage_may_be_interrupted_again_and_again(cuts, tmp_path):
+    schedule = make_schedule(1e-2, 2.0, 0.1, 0.1, 1.0)
+    whole = Stand()
+    whole_stage = whole.stage(schedule)
+    whole.fit(tmp_path / "whole", whole_stage)
+    seen, validations, done = [], [], 0
+    for cut in (*cuts, None):
+        stand = Stand(resume=True)
+        if cut is not None:
+            stand.task.at[cut - done] = KeyboardInterrupt()
+        stage = stand.stage(schedule)
+        with contextlib.nullcontext() if cut is None else pytest.raises(KeyboardInterrupt):
+            stand.fit(tmp_path / "cut", stage)
+        seen += stand.task.seen if cut is None else stand.task.seen[:-1]
+        validations += [found["step"] for found in stage.validations]
+        done = len(seen)
+    assert seen == whole.task.seen
+    assert validations == [found["step"] for found in whole_stage.validations]
+    for one, other in zip(stand.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+
+
+def test_an_interrupted_transfer_goes_on(tmp_path):
+    schedule = make_schedule(1e-2, 2.0, 0.0, 0.1, 0.0)
+    whole = Stand()
+    whole.fit(tmp_path / "whole", RecordedTransfer(whole.model, schedule), validate=False)
+    steps = []
+    for cut in (3, None):
+        stand = Stand(resume=True)
+        stage = RecordedTransfer(stand.model, schedule)
+        if cut is not None:
+            stage.on_train_batch_start = interrupt_at(cut)
+        with contextlib.nullcontext() if cut is None else pytest.raises(KeyboardInterrupt):
+            stand.fit(tmp_path / "cut", stage, validate=False)
+        steps += stage.steps
+    assert steps == list(range(10))
+    for one, other in zip(stand.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+
+
+def interrupt_at(step: int) -> Any:
+    def hook(batch: Batch, batch_idx: int) -> None:
+        if batch_idx == step:
+            raise KeyboardInterrupt
+
+    return hook
+
+
+def test_a_stage_interrupted_while_it_validates_goes_on(tmp_path):
+    schedule = make_schedule(1e-2, 2.0, 0.1, 0.1, 1.0)
+    whole = Stand()
+    whole.fit(tmp_path / "whole", whole.stage(schedule))
+    stand = Stand()
+    stage = stand.stage(schedule)
+    stage.on_validation_batch_start = interrupt_at(0)
+    with pytest.raises(KeyboardInterrupt):
+        stand.fit(tmp_path / "cut", stage)
+    resumed = Stand(resume=True)
+    stage = resumed.stage(schedule)
+    resumed.fit(tmp_path / "cut", stage)
+    assert stage.steps == [5, 6, 7, 8, 9]
+    assert resumed.task.seen == whole.task.seen[5:]
+    assert stage.validations[-1]["step"] == 10
 
 
 def test_an_interrupted_stage_is_not_continued_unasked(tmp_path):
@@ -550,7 +643,7 @@ def test_evaluation_counts_every_example_once():
 def test_a_transfer_stage_trains_the_maps_alone(tmp_path):
     stand = Stand(train_examples=64)
     before = copy.deepcopy(stand.model.state_dict())
-    stage = RecordedTransfer(stand.model, Schedule(2e-2, 3.0, 0.1, 0.0, 0.0))
+    stage = RecordedTransfer(stand.model, make_schedule(2e-2, 3.0, 0.1, 0.0, 0.0))
     report = stand.fit(tmp_path, stage, validate=False)
     added = {id(p) for p in hosts.attention_parameters(stand.model)}
     for name, tensor in stand.model.state_dict(keep_vars=True).items():
@@ -585,14 +678,14 @@ def record(folder: Path, devices: int) -> dict[str, Any]:
     """Train, transfer and evaluate on so many devices; called in each process."""
     found: dict[str, Any] = {}
     stand = Stand(devices=devices)
-    stage = stand.stage(Schedule(1e-2, 1.0, 0.1, 0.1, 1.0))
+    stage = stand.stage(make_schedule(1e-2, 1.0, 0.1, 0.1, 1.0))
     report = stand.fit(folder / "train", stage)
     found["train"] = {"gradients": stage.gradients, "tokens": report.tokens, "validation": report.validation}
     found["train"]["weights"] = copy.deepcopy(stand.model.state_dict())
     for name, split in stand.data.tests.items():
         found[name] = evaluate(stand.stage(), stand.batches(split), stand.config, title=name)
     stand = Stand(devices=devices)
-    transfer = RecordedTransfer(stand.model, Schedule(1e-2, 1.0, 0.1, 0.1, 1.0))
+    transfer = RecordedTransfer(stand.model, make_schedule(1e-2, 1.0, 0.1, 0.1, 1.0))
     report = stand.fit(folder / "transfer", transfer, validate=False)
     found["transfer"] = {"gradients": transfer.gradients, "tokens": report.tokens, "validation": None}
     found["transfer"]["weights"] = copy.deepcopy(stand.model.state_dict())
