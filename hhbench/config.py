@@ -201,7 +201,6 @@ class RunConfig:
         "examples per device and forward pass; the rest of the batch is accumulated",
         type=int,
         check=_positive,
-        changes_result=False,
         group="machine",
     )
     logger: str = setting("where curves go", default="csv", choices=LOGGERS, changes_result=False, group="machine")

@@ -546,6 +546,9 @@ class HostRecipe:
         if self.library == "timm":
             import timm
 
+            # A folder that somebody else made may describe a model, but not where to load code or pickles from.
+            if self.name not in timm.list_models() or {"checkpoint_path", "pretrained"} & self.arguments.keys():
+                raise UsageError(f"timm model {self.name!r} with {sorted(self.arguments)} is not taken from a manifest")
             model: nn.Module = timm.create_model(self.name, pretrained=False, **self.arguments)
         elif self.library == "transformers":
             cls = getattr(importlib.import_module("transformers"), self.name, None)

@@ -95,7 +95,7 @@ class LanguageModelling(Task):
             "train_examples": 0,
             "test_examples": 0,
             "batch_size": 8,
-            "epochs": 1.0 if not converts else 0.2,
+            "epochs": 1.35 if not converts else 0.2,
             "lr": 3e-3 if not converts else 1e-3,
             "teacher_epochs": 1.0,
             "teacher_lr": 3e-3,

@@ -16,6 +16,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from hhbench import hosts
 from hhbench.config import RunConfig
 from hhbench.data import hash_text
+from hhbench.errors import UsageError
 from hhbench.task import Batch, Dataset, Example, Split, StepOutput, Task, TaskData, register_task
 
 NO_TARGET = -100
@@ -83,6 +84,13 @@ class Recall(Task):
     def load_data(self, config: RunConfig) -> TaskData:
         make = {"ar": associative_recall, "mqar": multi_query_recall}[str(config.dataset)]
         length, vocab = int(config.max_len or 0), VOCABULARY[config.preset][str(config.dataset)]
+        least, most = (4, None) if config.dataset == "ar" else (6, 3 * vocab + 5)  # mqar's keys are distinct
+        if length < least or (most and length > most):
+            takes = f"from {least} to {most} tokens" if most else f"{least} tokens or more"
+            raise UsageError(f"--max-len {length} doesn't fit {config.dataset}, which takes {takes}")
+        for name in ("train_examples", "test_examples"):
+            if not getattr(config, name):
+                raise UsageError(f"--{name.replace('_', '-')} 0 would be all, and generated examples have no end")
 
         def split(count: int, seed: int) -> Split:
             generator = torch.Generator().manual_seed(seed)

@@ -19,10 +19,10 @@ from hhbench.tasks.glue import MINILM, MOVIE_REVIEWS, SNLI
 
 COMMANDS = sorted(set(cli.EXAMPLES) - {None})
 HEAVY = ("torch", "lightning", "transformers", "timm", "datasets", "numpy")
-TINY = (
-    "--model gpt2-1x16x2 --max-len 16 --train-examples 128 --test-examples 48 --batch-size 32 --epochs 1 "
-    "--teacher-epochs 1 --transfer-epochs 1 --accelerator cpu"
-).split()
+TINY = [
+    "--model", "gpt2-1x16x2", "--max-len", "16", "--train-examples", "128", "--test-examples", "48", "--batch-size",
+    "32", "--epochs", "1", "--teacher-epochs", "1", "--transfer-epochs", "1", "--accelerator", "cpu",
+]  # fmt: skip
 AR = ["run", "--task", "recall", "--dataset", "ar", *TINY]
 ATTENTION = "from hhbench.attention import Attention, FeatureMap, register_attention\n"
 CAUSAL = (
@@ -39,7 +39,7 @@ FAILS = ATTENTION + "class Fails(FeatureMap):\n    def forward(self, x):\n      
 def _alone(tmp_path, monkeypatch):
     """An empty folder to work in, an empty cache, and no network."""
     monkeypatch.chdir(tmp_path)
-    for name in (*OFFLINE_SWITCHES, "HHBENCH_GLUE"):
+    for name in OFFLINE_SWITCHES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HHBENCH_OFFLINE", "1")
     monkeypatch.setenv("HHBENCH_CACHE", str(tmp_path / "cache"))
@@ -191,6 +191,7 @@ MISUSE = {
     "show three": (["show", "a", "b", "c"], "one name, or two results"),
     "data": (["data", "list", "minilmm"], "Did you mean 'minilm'?"),
     "a file without a class": (["run", "--task", "recall", "--attn", "mine.py"], "mine.py:ClassName"),
+    "too long": ([*RECALL, "--dataset", "mqar", "--max-len", "5000"], "--max-len 5000 doesn't fit mqar"),
     "no such file": (["run", "--task", "recall", "--attn", "nothing.py:Mine"], "no file nothing.py"),
 }  # fmt: skip
 

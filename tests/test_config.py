@@ -31,7 +31,8 @@ def test_every_setting_says_what_it_is(name):
         ({"preset": "minni"}, "Did you mean 'mini'"), ({"regime": "scrath"}, "Did you mean 'scratch'"),
         ({"recipe": "hedgehogg"}, "Did you mean 'hedgehog'"), ({"precision": "16"}, "no precision named '16'"),
         ({"logger": "cvs"}, "Did you mean 'csv'"), ({"seed": -1}, "--seed"), ({"seed": 2**70}, "--seed"),
-        ({"teacher_seed": -1}, "--teacher-seed"), ({"epochs": -1.0}, "--epochs"), ({"epochs": float("inf")}, "--epochs"),
+        ({"teacher_seed": -1}, "--teacher-seed"), ({"epochs": -1.0}, "--epochs"),
+        ({"epochs": float("inf")}, "--epochs"),
         ({"lr": 0.0}, "--lr"), ({"lr": float("nan")}, "--lr"), ({"lr": float("inf")}, "--lr"),
         ({"batch_size": 0}, "--batch-size"), ({"micro_batch_size": 0}, "--micro-batch-size"),
         ({"max_len": 0}, "--max-len"), ({"dropout": 1.0}, "--dropout"), ({"warmup": -0.1}, "--warmup"),
@@ -66,6 +67,7 @@ settings = st.fixed_dictionaries(
         ).map(lambda d: tuple(sorted(d.items()))),
         "tune": st.lists(st.floats(1e-9, 1), max_size=3).map(tuple),
         "out": st.sampled_from([Path("runs"), Path("/somewhere/else")]),
+        "data_folder": st.sampled_from([None, Path("here")]),
         "force": st.booleans(),
     },
 )
@@ -80,8 +82,9 @@ def test_a_config_comes_back_from_json_and_yaml(values):
 
 def test_yaml_spells_numbers_in_several_ways():
     config = RunConfig.from_dict(
-        BASE | {"lr": "1e-3", "batch-size": "8", "epochs": 2, "tune": [1e-3, "1e-2"], "out": "x", "option": {"b": 1, "a": 2}}
-    )  # fmt: skip
+        BASE
+        | {"lr": "1e-3", "batch-size": "8", "epochs": 2, "tune": [1e-3, "1e-2"], "out": "x", "option": {"b": 1, "a": 2}}
+    )
     assert (config.lr, config.batch_size, config.epochs, config.tune) == (1e-3, 8, 2.0, (1e-3, 1e-2))
     assert config.out == Path("x")
     assert config.options == {"a": 2, "b": 1}

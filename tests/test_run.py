@@ -261,8 +261,8 @@ def test_a_teacher_is_loaded_from_its_folder(out):
     folder = next(path.parent for path in out.glob("teachers/recall-*/hhbench.json"))
     model = hhbench.load(folder)
     assert not model.training
-    logits = model(input_ids=torch.randint(0, 40, (2, 15)), use_cache=False).logits
-    assert logits.shape == (2, 15, 40)
+    vocab = model.config.vocab_size
+    assert model(input_ids=torch.randint(0, vocab, (2, 15)), use_cache=False).logits.shape == (2, 15, vocab)
     assert [type(slot.attention).__name__ for slot in hosts.slots(model).values()] == ["Softmax"]
     notes = hosts.manifest(folder)["teacher"]
     assert notes["key"].startswith(folder.name.rpartition("-")[2])
@@ -301,6 +301,7 @@ CHANGES = {
     "transfer_epochs": {"transfer_epochs": 2.0},
     "transfer_lr": {"transfer_lr": 1e-4},
     "weight_decay": {"weight_decay": 0.3},
+    "beta2": {"beta2": 0.9},
     "warmup": {"warmup": 0.3},
     "clip": {"clip": 0.3},
     "tune": {"tune": (1e-3, 1e-2)},
@@ -313,6 +314,7 @@ SAME = {
     "workers": 1,
     "micro_batch_size": 8,
     "logger": "csv",
+    "data_folder": "elsewhere",
     "out": "elsewhere",
     "resume": True,
     "force": True,
@@ -339,7 +341,7 @@ def test_key_changes(out, base_key, name):
 
 @pytest.mark.parametrize("name", SAME)
 def test_key_stays(out, base_key, name):
-    value = out / "elsewhere" if name == "out" else SAME[name]
+    value = out / "elsewhere" if name in ("out", "data_folder") else SAME[name]
     assert key(recall(**({"out": out, "regime": CONVERSION, "recipe": "hedgehog"} | {name: value}))) == base_key
 
 
