@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from hhbench.attention import FeatureMap, MixerShape, identity_weight, register_attention
 
 
-@register_attention(paper="Kasai et al. 2021, eq. 6", cost="N F E", recipe="t2r")
+@register_attention(paper="Kasai et al. 2021", cost="N F E", recipe="t2r")
 class T2R(FeatureMap):
     """phi(x) = relu(x W_h + b_h), W and b of each head.
 

@@ -211,6 +211,9 @@ class RunConfig:
         changes_result=False,
         group="machine",
     )
+    save_model: bool = setting(
+        "keep the trained model, for hhbench.load", default=False, type=bool, changes_result=False, group="machine"
+    )
     resume: bool = setting(
         "continue an interrupted run from its last checkpoint",
         default=False,

@@ -2,7 +2,7 @@
 
     output_i = sum_j phi(q_i).phi(k_j) v_j / sum_j phi(q_i).phi(k_j)        j <= i if causal, attended keys only
 
-(Katharopoulos et al. 2020, eq. 7 to 12.) The quadratic form writes the weights out and is the truth. The chunked form
+(Katharopoulos et al. 2020.) The quadratic form writes the weights out and is the truth. The chunked form
 carries the two sums from chunk to chunk, in O(N) time and memory. The recurrent form takes one token at a time. All
 three agree to rounding, outputs and gradients.
 

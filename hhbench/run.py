@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import logging
 import os
+import platform
 import re
 import resource
 import shutil
@@ -21,6 +22,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +177,8 @@ def _check_machine(config: RunConfig) -> None:
         raise UsageError(f"--accelerator {name} --devices {count}: this machine has {available[name]} of them")
     if name == "auto" and 0 < torch.cuda.device_count() < count:
         raise UsageError(f"--devices {count}: this machine has {torch.cuda.device_count()} GPUs; add --accelerator cpu")
+    if config.logger not in ("none", "csv") and find_spec(config.logger) is None:
+        raise UsageError(f"--logger {config.logger} needs the package {config.logger}: pip install {config.logger}")
     there = next(folder for folder in (config.out.absolute(), *config.out.absolute().parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UsageError(
@@ -293,6 +297,10 @@ class _Run:
         value, metrics, scores = self._test(model, "test")
         if fidelity is not None:
             fidelity["floored_rows"] = sum(int(counter) for counter in _floored(model))
+            if fidelity["floored_rows"]:
+                log.info("%d rows of features lay at the floor in the test", fidelity["floored_rows"])
+        if rank() == 0 and c.save_model:
+            hosts.save(model, self.folder / "model", attn=c.attn, options=c.options)
         if rank() == 0:
             order = sorted(scores)
             np.savez_compressed(
@@ -621,20 +629,8 @@ def _device_name(config: RunConfig) -> str:
 
 
 def _cpu_name() -> str:
-    import platform
-
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
-                return f"{line.split(':', 1)[1].strip()}, {torch.get_num_threads()} threads"
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-
-
-class _Callable(types.ModuleType):
-    """`hhbench.run(config)`: importing this module puts it over the function of its name in the package."""
-
-    def __call__(self, config: RunConfig) -> Result:
-        return run(config)
-
-
-sys.modules[__name__].__class__ = _Callable
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

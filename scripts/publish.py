@@ -4,6 +4,7 @@ python scripts/publish.py                 rewrite README.md and docs/mini.png
 python scripts/publish.py runs            first copy every result below runs/ to docs/results
 """
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,17 +21,14 @@ START, END = "<!-- tables: hhbench leaderboard docs/results -->\n", "<!-- end of
 
 
 def collect(runs: Path) -> None:
-    """Copy results under a name that says what they are, replacing those of the same run."""
-    found, complaints = result.find(runs)
-    for complaint in complaints:
-        print(complaint, file=sys.stderr)
-    for one in found:
-        seed = one.config["seed"]
+    """Copy results, with their scores per example, under a name that says what they are."""
+    for path in sorted(runs.rglob(result.FILE_NAME)):
+        one = result.load(path)
         recipe = f"-{one.attention['recipe']}" if one.attention["recipe"] else ""
+        seed = one.config["seed"]
         name = f"{one.task['name']}-{one.task['title']}-{one.attention['label']}{recipe}-s{seed}"
-        path = RESULTS / f"{name}.result.json"
-        saved = result.save(one, RESULTS)
-        saved.replace(path)
+        shutil.copyfile(path, RESULTS / f"{name}.result.json")
+        shutil.copyfile(path.with_name("examples.npz"), RESULTS / f"{name}.examples.npz")
 
 
 def fill_readme() -> None:

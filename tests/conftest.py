@@ -6,11 +6,20 @@ import pytest
 import torch
 from hypothesis import settings
 
+from hhbench import data
 from hhbench.attention import MixerShape
 
 # The same examples every time, and no deadline: a busy machine must not fail a test.
 settings.register_profile("hhbench", derandomize=True, deadline=None, print_blob=False)
 settings.load_profile("hhbench")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Offline, tests that fetch from the package registry are skipped, with the reason."""
+    if data.offline():
+        for item in items:
+            if item.get_closest_marker("network"):
+                item.add_marker(pytest.mark.skip(reason="needs the package registry; an offline switch is set"))
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import inspect
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from hhbench.errors import HHBenchError, UsageError
 from hhbench.hosts import attention_parameters
 from hhbench.run import _Run, execute, expand, prepare
 from hhbench.task import TASKS
+from hhbench.train import TrainStage
 
 RECALL = {
     "task": "recall", "dataset": "ar", "attn": "hedgehog", "model": "gpt2-1x16x2", "max_len": 16, "batch_size": 32,
@@ -86,7 +88,7 @@ def check_complete(made: result.Result, path: Path) -> None:
         "the settings in a result make the config again"
     )
     blank = {name for name, value in made.config.items() if value is None}
-    assert blank <= {"recipe", "micro_batch_size"}
+    assert blank <= {"recipe", "micro_batch_size", "data_folder"}
     assert made.metrics[made.score.name] == made.score.value
     examples = np.load(path.parent / "examples.npz")
     assert examples["index"].tolist() == list(range(made.score.num_examples))
@@ -127,8 +129,8 @@ def test_every_recipe(out, settings, recipe):
     assert (made.after_transfer is not None) == stages.transfer
     notes = hosts.manifest(next(out.glob(f"teachers/*{made.teacher['key'][:8]}")))["teacher"]
     assert made.teacher == {"key": notes["key"], "score": notes["score"]}
-    layers = 1 if settings is RECALL else 4
-    fidelity = made.fidelity
+    teacher = hhbench.load(next(out.glob(f"teachers/*{made.teacher['key'][:8]}")))
+    layers, fidelity = len(hosts.slots(teacher)), made.fidelity
     assert len(fidelity["kl_before"]) == len(fidelity["teacher_entropy"]) == layers
     assert len(fidelity["kl_after"]) == (layers if stages.transfer else 0)
     assert all(kl >= 0 for kl in fidelity["kl_before"] + fidelity["kl_after"])
@@ -294,6 +296,7 @@ CHANGES = {
     "train_examples": {"train_examples": 96},
     "test_examples": {"test_examples": 40},
     "batch_size": {"batch_size": 16},
+    "micro_batch_size": {"micro_batch_size": 8},
     "epochs": {"epochs": 2.0},
     "lr": {"lr": 1e-4},
     "teacher_epochs": {"teacher_epochs": 2.0},
@@ -312,13 +315,13 @@ SAME = {
     "devices": 2,
     "num_nodes": 2,
     "workers": 1,
-    "micro_batch_size": 8,
     "logger": "csv",
     "data_folder": "elsewhere",
     "out": "elsewhere",
     "resume": True,
     "force": True,
     "allow_code": True,
+    "save_model": True,
 }
 
 
@@ -432,6 +435,58 @@ def test_the_validation_split_picks_the_learning_rate(out):
     alone = execute(digits(out, attn="softmax", regime="scratch", lr=made.tuning["picked"], epochs=2.0))[0]
     assert alone.score == made.score
     assert alone.tuning is None
+
+
+# --- interrupted and resumed ---
+
+
+@pytest.fixture
+def interrupt_at(monkeypatch):
+    """Ctrl-C at the given training step, counted over all stages; never again after it."""
+    handler = signal.getsignal(signal.SIGINT)
+    step, left = TrainStage.training_step, [0]
+
+    def counting(self, batch, batch_idx):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(TrainStage, "training_step", counting)
+    yield lambda count: left.__setitem__(0, count)
+    signal.signal(signal.SIGINT, handler)  # Lightning ignores further ones from then on
+
+
+@pytest.mark.parametrize(
+    ("changes", "step"),
+    [
+        ({"attn": "elu", "regime": "scratch", "epochs": 3.0}, 7),  # four steps an epoch: within the second
+        ({"attn": "elu", "regime": "scratch", "epochs": 3.0}, 9),  # at the start of the third
+        ({"regime": CONVERSION, "recipe": "hedgehog", "teacher_epochs": 2.0}, 6),  # in the teacher
+        ({"regime": CONVERSION, "recipe": "hedgehog", "epochs": 2.0}, 10),  # in finetuning, after the transfer
+        ({"attn": "elu", "regime": "scratch", "tune": (1e-2, 1e-4), "epochs": 2.0}, 11),  # in the second trial
+    ],
+    ids=["within an epoch", "between epochs", "teacher", "finetuning", "tuning"],
+)
+def test_a_resumed_run_ends_where_an_undisturbed_one_does(tmp_path, interrupt_at, last_model, changes, step):
+    whole = execute(recall(tmp_path / "whole", **changes))[0]
+    weights = {name: tensor.clone() for name, tensor in last_model[0].state_dict().items()}
+    interrupt_at(step)
+    config = recall(tmp_path / "cut", **changes)
+    with pytest.raises(KeyboardInterrupt):
+        execute(config)
+    assert not list((tmp_path / "cut").rglob("result.json"))
+    assert [path.name for path in (tmp_path / "cut").rglob("last.ckpt")] == ["last.ckpt"]
+    made = execute(dataclasses.replace(config, resume=True))[0]
+    assert made.key == whole.key
+    assert made.teacher == whole.teacher
+    assert made.fidelity == whole.fidelity
+    assert made.tuning == whole.tuning
+    assert made.score == whole.score
+    assert made.metrics == whole.metrics
+    for name, tensor in last_model[0].state_dict().items():
+        torch.testing.assert_close(tensor, weights[name], msg=lambda text, name=name: f"{name}: {text}")
+    assert not list((tmp_path / "cut").rglob("*.ckpt"))
 
 
 # --- a user's own attention ---
