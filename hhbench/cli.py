@@ -35,6 +35,7 @@ EXAMPLES = {
   hhbench run --task lm --attn elu --tune lr=1e-3,3e-3               learning rates; the validation split picks
   hhbench run --task glue --attn hedgehog --devices 2 --accelerator cpu
   hhbench run --config run.yaml --seed 2                             settings from a file; flags override it
+  hhbench run --config runs/.../result.json --out again              a result, run again
   hhbench run --task imagenet --attn softmax --dry-run               only say what would be done""",
     "list": "examples:\n  hhbench list attentions\n  hhbench list datasets",
     "show": """examples:
@@ -138,7 +139,9 @@ def _parser() -> _Parser:
     groups: dict[str, Any] = {}
     for field in dataclasses.fields(RunConfig):
         _add_setting(groups.setdefault(field.metadata["group"], sub.add_argument_group(field.metadata["group"])), field)
-    sub.add_argument("--config", type=Path, metavar="FILE", help="settings from a YAML file; flags override it")
+    sub.add_argument(
+        "--config", type=Path, metavar="FILE", help="settings from a YAML file or a result.json; flags override it"
+    )
     sub.add_argument("--dry-run", action="store_true", help="say what would be done and stop")
 
     sub = command("list", _list, "what there is")
@@ -219,7 +222,13 @@ def _yaml_settings(path: Path) -> dict[str, Any]:
         raise UsageError(f"--config {path} can't be read: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):
         raise UsageError(f"--config {path} must hold settings, one `name: value` a line")
-    known = {field.name for field in dataclasses.fields(RunConfig)}
+    fields = {field.name: field for field in dataclasses.fields(RunConfig)}
+    if "schema" in values and isinstance(values.get("config"), dict):  # a result: the settings that can change it
+        settings = values["config"]
+        values = {
+            name: settings[name] for name in settings if name in fields and fields[name].metadata["changes_result"]
+        }
+    known = set(fields)
     for name in values:
         if str(name).replace("-", "_") not in known:
             raise unknown_name(f"setting in {path}", str(name), known)

@@ -315,7 +315,8 @@ def _transformers_layers(model: PreTrainedModel) -> list[HostLayer]:
     try:
         model.set_attn_implementation(_PROBE)
         # Training mode shows the dropout that the model passes; the generator is left as it was.
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        device = next(model.parameters()).device
+        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             model.train()(**_few_tokens(model))
     except UsageError as error:
         raise UsageError(f"{name} can't be a host: {error}") from error

@@ -420,6 +420,25 @@ def test_the_four_calls(tmp_path, make_shape):
     assert inspect.getmodule(hhbench.run).__name__ == "hhbench.run"
 
 
+def test_a_saved_model_is_the_one_that_was_tested(tmp_path, last_model):
+    made, path = execute(recall(tmp_path, attn="hedgehog", regime="scratch", save_model=True))
+    tested = last_model[0]
+    loaded = hhbench.load(path.parent)
+    assert not loaded.training
+    ids = torch.randint(0, tested.config.vocab_size, (3, 15))
+    assert torch.equal(loaded(input_ids=ids).logits, tested.eval()(input_ids=ids).logits)
+    assert sum(p.numel() for p in loaded.parameters()) == made.cost["params"]
+
+
+def test_a_saved_model_of_a_users_attention_does_not_say_what_to_import(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(SQUARE)
+    _, path = execute(recall(tmp_path, attn=f"{file}:Square", regime="scratch", save_model=True))
+    with pytest.raises(UsageError, match="would import code"):
+        hhbench.load(path.parent)
+    assert hosts.slots(hhbench.load(path.parent, attn=f"{file}:Square"))
+
+
 # --- tuning ---
 
 
