@@ -477,6 +477,14 @@ def test_flags_override_the_configuration(call, tmp_path):
     assert (config["seed"], config["option"], config["batch_size"]) == (2, {"activation": "exp"}, 32)
 
 
+def test_a_result_is_run_again_from_its_file(call, made, tmp_path):
+    path = results(made)[0]
+    assert call("run", "--config", path, "--out", "again", "--accelerator", "cpu")[0] == 0
+    (again,) = results(tmp_path / "again")
+    one, two = (json.loads(file.read_text()) for file in (path, again))
+    assert (one["key"], one["score"], one["metrics"]) == (two["key"], two["score"], two["metrics"])
+
+
 def test_a_configuration_may_name_all_attentions(call, tmp_path, caplog):
     (tmp_path / "run.yaml").write_text("task: recall\nattn: all\n")
     code, _, err = call("run", "--config", "run.yaml", "--dry-run")
