@@ -22,14 +22,15 @@ if not (Path(__file__).parent / "tasks").is_dir():
 
 if TYPE_CHECKING:
     from hhbench.attention import build_attention
-    from hhbench.hosts import convert, load
-    from hhbench.run import run
+    from hhbench.hosts import convert
+    from hhbench.models import load
+    from hhbench.runner import run
 
 
 def __getattr__(name: str) -> Any:
     import importlib
 
-    homes = {"build_attention": "attention", "convert": "hosts", "load": "hosts", "run": "run"}
+    homes = {"build_attention": "attention", "convert": "hosts", "load": "models", "run": "runner"}
     if name not in homes:
         raise AttributeError(f"module 'hhbench' has no attribute {name!r}")
     return getattr(importlib.import_module(f"hhbench.{homes[name]}"), name)

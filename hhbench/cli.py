@@ -251,7 +251,7 @@ def _run(args: argparse.Namespace) -> int:
 
     cluster.connect(configs[0])
     from hhbench import data
-    from hhbench.run import execute, expand, prepare
+    from hhbench.runner import execute, expand, prepare
     from hhbench.train import rank
 
     if rank() > 0:
@@ -379,7 +379,7 @@ def _list(args: argparse.Namespace) -> int:
                 ),
             )
         else:
-            from hhbench.run import prepare
+            from hhbench.runner import prepare
 
             rows = []
             for task in tasks:
@@ -459,7 +459,7 @@ def _show_attention(name: str) -> int:
 def _show_task(name: str) -> int:
     import inspect
 
-    from hhbench.run import prepare
+    from hhbench.runner import prepare
     from hhbench.task import TASKS
 
     task = TASKS.get(name).build()
@@ -489,7 +489,7 @@ def _leaderboard(args: argparse.Namespace) -> int:
 
 def _needs(names: Sequence[str]) -> "list[tuple[Task, RunConfig, tuple[PackageFile, ...]]]":
     """For every data set that is named by itself, by its task or by a file of it: its config and its pinned files."""
-    from hhbench.run import prepare
+    from hhbench.runner import prepare
     from hhbench.task import TASKS
 
     found: list[tuple[Task, RunConfig, tuple[PackageFile, ...]]] = []

@@ -1,7 +1,7 @@
 """RunConfig: every setting of a run, with its default, its help and its check, in one place.
 
 The command line, the YAML configuration and the Python API are all made from the fields below. A field whose default
-is None is blank: the task's preset fills it. `resolve` in hhbench.run does that, and from then on nothing is blank.
+is None is blank: the task's preset fills it. `prepare` in hhbench.runner does that, and from then on nothing is blank.
 """
 
 import dataclasses

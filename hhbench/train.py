@@ -199,6 +199,12 @@ class _Stage(lightning.LightningModule):
         self.model, self.schedule = model, schedule
         self.tokens = 0  # attended tokens that this rank trained on
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["tokens"] = self.tokens
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.tokens = int(checkpoint.get("tokens", 0))
+
     def trained(self) -> list[dict[str, Any]]:
         """Parameter groups."""
         raise NotImplementedError
@@ -376,17 +382,27 @@ class _Clock(Callback):
     def __init__(self) -> None:
         self.seconds, self._since = 0.0, 0.0
 
+    def state_dict(self) -> dict[str, Any]:
+        running = time.perf_counter() - self._since if self._since else 0.0
+        return {"seconds": self.seconds + running}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seconds = float(state_dict["seconds"])
+
     def on_train_start(self, *args: Any) -> None:
         self._since = time.perf_counter()
 
     def on_validation_start(self, *args: Any) -> None:
-        self.seconds += time.perf_counter() - self._since
+        self._stop()
 
     def on_validation_end(self, *args: Any) -> None:
         self._since = time.perf_counter()
 
     def on_train_end(self, *args: Any) -> None:
-        self.seconds += time.perf_counter() - self._since
+        self._stop()
+
+    def _stop(self) -> None:
+        self.seconds, self._since = self.seconds + time.perf_counter() - self._since, 0.0
 
 
 class _SaveOnInterrupt(Callback):

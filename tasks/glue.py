@@ -26,7 +26,7 @@ from torchmetrics.classification import (
 )
 from torchmetrics.regression import PearsonCorrCoef, SpearmanCorrCoef
 
-from hhbench import data, hosts
+from hhbench import data, models
 from hhbench.config import RunConfig
 from hhbench.data import PackageFile
 from hhbench.errors import DataError
@@ -181,7 +181,7 @@ class Glue(Task):
     def load_data(self, config: RunConfig) -> TaskData:
         name = str(config.dataset)
         texts = _load(name, config.data_folder, user=name not in self.datasets)
-        tokenizer = hosts.tokenizer(_source(config))
+        tokenizer = models.tokenizer(_source(config))
         max_len = int(config.max_len or 0)
 
         def split(rows: Sequence[tuple[str, str | None, float]], limit: int) -> Split:
@@ -199,12 +199,12 @@ class Glue(Task):
         )
 
     def weights(self, config: RunConfig) -> dict[str, str]:
-        return hosts.weights_hash(str(config.model), _source(config))
+        return models.weights_hash(str(config.model), _source(config))
 
     def build_model(self, config: RunConfig, data: TaskData) -> nn.Module:
         from transformers import AutoModelForSequenceClassification
 
-        return hosts.transformers_model(
+        return models.transformers_model(
             AutoModelForSequenceClassification,
             _source(config),
             pretrained=config.regime != "scratch",
@@ -226,7 +226,14 @@ class Glue(Task):
     def metrics(self, data: TaskData, config: RunConfig) -> MetricCollection:
         classes = data.facts["num_classes"]
         if classes == 0:
-            return MetricCollection({"pearson_spearman": _PearsonSpearman()})
+            return MetricCollection(
+                {
+                    "pearson": PearsonCorrCoef(),
+                    "spearman": SpearmanCorrCoef(),
+                    "pearson_spearman": _PearsonSpearman(),
+                },
+                compute_groups=False,
+            )
         metrics: dict[str, Any] = {"accuracy": MulticlassAccuracy(classes, average="micro")}
         if classes == 2:
             metrics |= {"f1": BinaryF1Score(), "matthews": MulticlassMatthewsCorrCoef(classes)}

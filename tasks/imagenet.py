@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from hhbench import hosts
+from hhbench import models
 from hhbench.config import RunConfig
 from hhbench.data import hash_bytes, hash_files, hub_table
 from hhbench.errors import DataError, UsageError
@@ -115,11 +115,11 @@ class ImageNet(Task):
         classes = data.facts["num_classes"]
         if config.model == DIGITS_MODEL:
             arguments = DIGITS_ARGUMENTS | {"num_classes": classes, "drop_rate": config.dropout}
-            model = hosts.HostRecipe("timm", "vit_tiny_patch16_224", arguments).build()
+            model = models.HostRecipe("timm", "vit_tiny_patch16_224", arguments).build()
             # Single pixels say nothing without their place: timm's 0.02 would leave it a whisper.
             nn.init.normal_(model.pos_embed, std=0.5)  # type: ignore[arg-type]
             return model
-        return hosts.timm_model(
+        return models.timm_model(
             str(config.model),
             pretrained=config.regime != "scratch",
             num_classes=classes,
@@ -129,7 +129,7 @@ class ImageNet(Task):
     def weights(self, config: RunConfig) -> dict[str, str]:
         if config.model == DIGITS_MODEL or config.regime == "scratch":
             return {}
-        return hosts.timm_weights_hash(str(config.model))
+        return models.timm_weights_hash(str(config.model))
 
     def step(self, model: nn.Module, batch: Batch) -> StepOutput:
         logits: Tensor = model(**batch["inputs"]).float()
@@ -181,7 +181,7 @@ def _images(config: RunConfig) -> TaskData:
     from timm.data import create_transform, resolve_data_config
 
     name = str(config.dataset)
-    arguments = resolve_data_config(model=hosts.timm_model(str(config.model), pretrained=False))
+    arguments = resolve_data_config(model=models.timm_model(str(config.model), pretrained=False))
     train_transform = create_transform(**arguments, is_training=True)
     test_transform = create_transform(**arguments)
     if Path(name).is_dir():

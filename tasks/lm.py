@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities import dim_zero_cat
 
-from hhbench import data, hosts
+from hhbench import data, hosts, models
 from hhbench.config import RunConfig
 from hhbench.data import PackageFile
 from hhbench.errors import DataError, UsageError
@@ -140,14 +140,14 @@ class LanguageModelling(Task):
     def weights(self, config: RunConfig) -> dict[str, str]:
         if _is_small(config) or config.regime == "scratch":
             return {}
-        return hosts.weights_hash(str(config.model), str(config.model))
+        return models.weights_hash(str(config.model), str(config.model))
 
     def build_model(self, config: RunConfig, data: TaskData) -> nn.Module:
         from transformers import AutoModelForCausalLM
 
         length, dropout = int(config.max_len or 0), float(config.dropout or 0)
         if _is_small(config):
-            return hosts.gpt2(
+            return models.gpt2(
                 str(config.model),
                 vocab=data.facts["vocab"],
                 max_len=length,
@@ -155,7 +155,7 @@ class LanguageModelling(Task):
                 initializer_range=0.05,
                 sinusoidal=0.05,
             )
-        return hosts.transformers_model(
+        return models.transformers_model(
             AutoModelForCausalLM, str(config.model), pretrained=config.regime != "scratch", dropout=dropout
         )
 
@@ -280,7 +280,7 @@ def _bpe(text: str) -> Any:
 
 def _tokenizer_of(model: str) -> Any:
     """The `tokenizers` object inside a model's own tokenizer."""
-    return hosts.tokenizer(model).backend_tokenizer
+    return models.tokenizer(model).backend_tokenizer
 
 
 def _windows(text: str, tokenizer: Any, length: int, *, whole: bool = False) -> Split:

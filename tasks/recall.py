@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, MetricCollection
 
-from hhbench import hosts
+from hhbench import models
 from hhbench.config import RunConfig
 from hhbench.data import hash_text
 from hhbench.errors import UsageError
@@ -109,7 +109,7 @@ class Recall(Task):
         )
 
     def build_model(self, config: RunConfig, data: TaskData) -> nn.Module:
-        return hosts.gpt2(
+        return models.gpt2(
             str(config.model),
             vocab=data.facts["vocab"],
             max_len=int(config.max_len or 0),
@@ -156,7 +156,12 @@ def multi_query_recall(count: int, *, length: int, vocab: int, generator: torch.
     Asking for every key once would teach models to guess by elimination.
     """
     keys, num_pairs = vocab // 2, length // 6
-    first = torch.rand(count, keys, generator=generator).argsort(-1)[:, :num_pairs]
+    # A piece at a time: a shuffle of thousands of keys for every sequence would not fit in memory.
+    piece = max(1, 2**24 // keys)
+    shuffles = (
+        torch.rand(min(piece, count - i), keys, generator=generator).argsort(-1) for i in range(0, count, piece)
+    )
+    first = torch.cat([shuffle[:, :num_pairs] for shuffle in shuffles])
     values = torch.randint(keys, vocab, (count, num_pairs), generator=generator)
     order = torch.randint(0, num_pairs, (count, 2 * num_pairs), generator=generator)
     asked, answers = first.gather(1, order), values.gather(1, order)

@@ -16,7 +16,7 @@ import transformers as tf
 from timm.layers import Attention as TimmAttention
 from torch import Tensor, nn
 
-from hhbench import hosts
+from hhbench import hosts, models
 from hhbench.attention import ATTENTIONS, MixerShape
 from hhbench.errors import DataError, HHBenchError, UsageError
 
@@ -630,7 +630,7 @@ def test_output_attentions_are_the_attention_s_weights(host, name):
 
 def saved(folder: Path, host: str = "llama", attn: str = "hedgehog", **options: Any) -> nn.Module:
     model = spread(hosts.convert(HOSTS[host](), attn, **options)).eval()
-    hosts.save(model, folder, attn=attn, options=options)
+    models.save(model, folder, attn=attn, options=options)
     return model
 
 
@@ -642,32 +642,32 @@ def edit(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize("host", [name for name in HOSTS if not name.startswith("timm")])
 def test_a_loaded_model_is_the_saved_one(host, tmp_path):
     model = saved(tmp_path / "model", host, bias=True)
-    other = hosts.load(tmp_path / "model")
+    other = models.load(tmp_path / "model")
     assert not other.training
     inputs = {"pixel_values": images(host)} if host in IMAGES else {"input_ids": torch.randint(2, VOCAB, (2, 9))}
     assert torch.equal(logits(other, **inputs), logits(model, **inputs))
-    assert torch.equal(logits(hosts.load(tmp_path), **inputs), logits(model, **inputs))  # a run's folder
-    found = hosts.manifest(tmp_path / "model")
+    assert torch.equal(logits(models.load(tmp_path), **inputs), logits(model, **inputs))  # a run's folder
+    found = models.manifest(tmp_path / "model")
     assert found["attention"] == {"name": "hedgehog", "options": {"bias": True}, "source_sha256": None}
 
 
 def test_a_loaded_timm_model_is_the_saved_one(tmp_path):
-    model = hosts.timm_model("vit_tiny_patch16_224", pretrained=False, **TIMM)
+    model = models.timm_model("vit_tiny_patch16_224", pretrained=False, **TIMM)
     spread(hosts.convert(model, "hedgehog")).eval()
-    hosts.save(model, tmp_path, attn="hedgehog", options={}, notes={"teacher": {"score": 0.5}})
+    models.save(model, tmp_path, attn="hedgehog", options={}, notes={"teacher": {"score": 0.5}})
     x = images("timm-vit")
-    assert torch.equal(logits(hosts.load(tmp_path), x), logits(model, x))
-    assert hosts.manifest(tmp_path)["teacher"] == {"score": 0.5}
+    assert torch.equal(logits(models.load(tmp_path), x), logits(model, x))
+    assert models.manifest(tmp_path)["teacher"] == {"score": 0.5}
     unknown = hosts.convert(IMAGES["timm-vit"](), "softmax")
     with pytest.raises(UsageError, match="VisionTransformer can't be saved"):
-        hosts.save(unknown, tmp_path / "other", attn="softmax", options={})
+        models.save(unknown, tmp_path / "other", attn="softmax", options={})
 
 
 def test_saving_twice_leaves_the_last(tmp_path):
     saved(tmp_path)
     model = saved(tmp_path, attn="t2r")
     ids = torch.randint(2, VOCAB, (2, 9))
-    assert torch.equal(logits(hosts.load(tmp_path), input_ids=ids), logits(model, input_ids=ids))
+    assert torch.equal(logits(models.load(tmp_path), input_ids=ids), logits(model, input_ids=ids))
     assert {path.name for path in tmp_path.iterdir()} == {"hhbench.json", "model.safetensors"}
 
 
@@ -701,22 +701,22 @@ def test_damaged_weights_are_noticed(tmp_path):
     content = weights.read_bytes()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(HHBenchError, match=r"model\.safetensors is missing or damaged"):
-        hosts.load(tmp_path)
+        models.load(tmp_path)
     weights.write_bytes(content[:1000])
     with pytest.raises(HHBenchError, match="missing or damaged"):
-        hosts.load(tmp_path)
+        models.load(tmp_path)
     weights.unlink()
     with pytest.raises(HHBenchError, match="missing or damaged"):
-        hosts.load(tmp_path)
+        models.load(tmp_path)
 
 
 def test_a_folder_without_a_manifest_is_no_model(tmp_path):
     with pytest.raises(HHBenchError, match=r"hhbench\.json is missing"):
-        hosts.load(tmp_path / "nothing")
+        models.load(tmp_path / "nothing")
     saved(tmp_path)
     (tmp_path / "hhbench.json").unlink()
     with pytest.raises(HHBenchError, match=r"hhbench\.json is missing"):
-        hosts.load(tmp_path)
+        models.load(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "7", "null", '{"schema": 2}', "{}", '{"schema": 1}', "\xff"])
@@ -724,7 +724,7 @@ def test_a_manifest_that_can_t_be_read_is_named(text, tmp_path):
     saved(tmp_path)
     (tmp_path / "hhbench.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(HHBenchError, match=r"hhbench\.json"):
-        hosts.load(tmp_path)
+        models.load(tmp_path)
 
 
 @pytest.mark.parametrize("host", [{}, {"library": "jax", "name": "x", "arguments": {}}, {"name": "LlamaForCausalLM"}])
@@ -732,7 +732,7 @@ def test_a_manifest_of_a_host_that_can_t_be_built(host, tmp_path):
     saved(tmp_path)
     edit(tmp_path, host=host)
     with pytest.raises(HHBenchError):
-        hosts.load(tmp_path)
+        models.load(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["LlamaConfig", "NoSuchModel", "pipeline"])
@@ -740,27 +740,27 @@ def test_a_manifest_builds_nothing_but_models(name, tmp_path):
     saved(tmp_path)
     edit(tmp_path, host={"library": "transformers", "name": name, "arguments": {}})
     with pytest.raises(UsageError, match=f"no model class '{name}'"):
-        hosts.load(tmp_path)
+        models.load(tmp_path)
 
 
 def test_weights_that_don_t_fit_are_named(tmp_path):
     saved(tmp_path)
-    host = hosts.manifest(tmp_path)["host"]
+    host = models.manifest(tmp_path)["host"]
     edit(tmp_path, host=host | {"arguments": host["arguments"] | {"num_hidden_layers": 3}})
     with pytest.raises(HHBenchError, match="doesn't fit the model"):
-        hosts.load(tmp_path)
+        models.load(tmp_path)
     edit(tmp_path, host=host, attention={"name": "t2r", "options": {}})
     with pytest.raises(HHBenchError, match="doesn't fit the model"):
-        hosts.load(tmp_path)
+        models.load(tmp_path)
 
 
 def test_half_precision_comes_back_as_it_was(tmp_path):
     model = spread(hosts.convert(llama(), "hedgehog")).eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()
-    hosts.save(model, tmp_path, attn="hedgehog", options={})
+    models.save(model, tmp_path, attn="hedgehog", options={})
     ids = torch.randint(2, VOCAB, (2, 9))
-    other = hosts.load(tmp_path)
+    other = models.load(tmp_path)
     assert {p.dtype for p in other.parameters()} == {torch.bfloat16}
     assert torch.equal(logits(other, input_ids=ids), logits(model, input_ids=ids))
 
@@ -776,37 +776,37 @@ def test_a_folder_does_not_decide_what_code_runs(tmp_path):
     attn = f"{source}:Mine"
     model = saved(tmp_path / "model", attn=attn)
     with pytest.raises(UsageError, match="would import code"):
-        hosts.load(tmp_path / "model")
+        models.load(tmp_path / "model")
     ids = torch.randint(2, VOCAB, (2, 9))
-    assert torch.equal(logits(hosts.load(tmp_path / "model", attn=attn), input_ids=ids), logits(model, input_ids=ids))
+    assert torch.equal(logits(models.load(tmp_path / "model", attn=attn), input_ids=ids), logits(model, input_ids=ids))
 
 
 # --- building ---
 
 
 def test_gpt2_by_its_measures():
-    model = hosts.gpt2("gpt2-3x24x2", vocab=11, max_len=16, dropout=0.25)
+    model = models.gpt2("gpt2-3x24x2", vocab=11, max_len=16, dropout=0.25)
     config = model.config
     assert (config.n_layer, config.n_embd, config.n_head, config.vocab_size, config.n_positions) == (3, 24, 2, 11, 16)
     assert {layer.shape.dropout for layer in hosts.host_layers(model)} == {0.25}
     for name in ("gpt2-2x64", "gpt2-2x64x2x1", "gpt3-2x64x2", "gpt2-2x64x3", "gpt2-0x64x2", "gpt2-2x64x0"):
         with pytest.raises(UsageError, match=name):
-            hosts.gpt2(name, vocab=11, max_len=16, dropout=0.0)
+            models.gpt2(name, vocab=11, max_len=16, dropout=0.0)
 
 
 def test_a_transformers_model_of_a_folder(tmp_path):
     original = tf.BertForMaskedLM(tf.BertConfig(**TEXT)).eval()
     original.save_pretrained(tmp_path)
-    model = hosts.transformers_model(tf.AutoModelForMaskedLM, str(tmp_path), pretrained=True, dropout=0.3).eval()
+    model = models.transformers_model(tf.AutoModelForMaskedLM, str(tmp_path), pretrained=True, dropout=0.3).eval()
     ids = torch.randint(2, VOCAB, (2, 9))
     assert torch.equal(logits(model, input_ids=ids), logits(original, input_ids=ids))
     assert (model.config.hidden_dropout_prob, model.config.attention_probs_dropout_prob) == (0.3, 0.3)
-    fresh = hosts.transformers_model(
+    fresh = models.transformers_model(
         tf.AutoModelForMaskedLM, str(tmp_path), pretrained=False, dropout=0.0, num_hidden_layers=1
     ).eval()
     assert len(hosts.host_layers(fresh)) == 1
     assert not torch.equal(logits(fresh, input_ids=ids), logits(original, input_ids=ids))
-    assert hosts.weights_hash("mine", str(tmp_path)).keys() == {"mine"}
+    assert models.weights_hash("mine", str(tmp_path)).keys() == {"mine"}
 
 
 def test_pickled_weights_are_not_read(tmp_path):
@@ -814,13 +814,13 @@ def test_pickled_weights_are_not_read(tmp_path):
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(DataError, match="safetensors weights"):
-        hosts.transformers_model(tf.AutoModelForMaskedLM, str(tmp_path), pretrained=True, dropout=0.0)
+        models.transformers_model(tf.AutoModelForMaskedLM, str(tmp_path), pretrained=True, dropout=0.0)
 
 
 def test_a_model_that_isn_t_there(tmp_path, monkeypatch):
     monkeypatch.setenv("HHBENCH_OFFLINE", "1")
     with pytest.raises(DataError, match="can't be loaded") as caught:
-        hosts.transformers_model(tf.AutoModelForMaskedLM, str(tmp_path), pretrained=True, dropout=0.0)
+        models.transformers_model(tf.AutoModelForMaskedLM, str(tmp_path), pretrained=True, dropout=0.0)
     assert "\n" not in str(caught.value)
     with pytest.raises(UsageError, match="Did you mean 'vit_tiny_patch16_224'"):
-        hosts.timm_model("vit_tiny_patch16_225", pretrained=False)
+        models.timm_model("vit_tiny_patch16_225", pretrained=False)

@@ -1,5 +1,6 @@
 """hhbench.tasks and hhbench.baselines import from a checkout, an editable install and a wheel alike."""
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -29,7 +30,9 @@ def test_what_is_installed_here(tmp_path: Path) -> None:
 
 @pytest.mark.network  # the build fetches setuptools
 def test_a_wheel(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(tmp_path), str(ROOT)]
+    source = tmp_path / "source"  # building writes beside the sources
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "runs", "build", "*.egg-info", "results"))
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(tmp_path), str(source)]
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("hhbench-*.whl")
     with zipfile.ZipFile(wheel) as archive:

@@ -15,7 +15,18 @@ README = (ROOT / "README.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
 # Real runs, cut short: the commands are what is tested here, not the numbers.
-SHORT = "--train-examples 64 --test-examples 64 --epochs 0.5 --teacher-epochs 0.5 --transfer-epochs 0.5".split()
+SHORT = [
+    "--train-examples",
+    "64",
+    "--test-examples",
+    "64",
+    "--epochs",
+    "0.5",
+    "--teacher-epochs",
+    "0.5",
+    "--transfer-epochs",
+    "0.5",
+]
 
 
 def code(language: str, text: str = README) -> list[str]:

@@ -18,7 +18,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 from hhbench import data
 from hhbench.config import RunConfig
 from hhbench.errors import DataError, UsageError
-from hhbench.run import execute
+from hhbench.runner import execute
 from hhbench.task import TaskData
 from hhbench.tasks import glue
 from hhbench.tasks.glue import COLUMNS, MOVIE_REVIEWS, SNLI, Glue

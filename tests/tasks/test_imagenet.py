@@ -9,7 +9,7 @@ from sklearn.metrics import accuracy_score, top_k_accuracy_score
 
 from hhbench.config import RunConfig
 from hhbench.errors import DataError, UsageError
-from hhbench.run import execute
+from hhbench.runner import execute
 from hhbench.tasks.imagenet import DIGITS_MODEL, ImageNet
 
 SETTINGS = {

@@ -13,7 +13,7 @@ from torch import nn
 from hhbench import data
 from hhbench.config import RunConfig
 from hhbench.errors import DataError, HHBenchError, UsageError
-from hhbench.run import execute
+from hhbench.runner import execute
 from hhbench.task import Split
 from hhbench.tasks import lm
 from hhbench.tasks.lm import NO_TARGET, WIKIPEDIA, LanguageModelling

@@ -17,7 +17,6 @@ import re
 import resource
 import shutil
 import sys
-import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -33,7 +32,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hhbench import hosts, result
+from hhbench import hosts, models, result
 from hhbench.attention import ATTENTIONS, AttentionSpec, Direction, probe
 from hhbench.config import RECIPES, RunConfig
 from hhbench.distill import LayerFidelity, intercepted
@@ -63,6 +62,7 @@ FIDELITY_EXAMPLES = 128  # of the validation split, on which KL and entropies ar
 TEACHER_SETTINGS = (
     "task", "dataset", "preset", "model", "max_len", "dropout", "train_examples", "test_examples", "batch_size",
     "teacher_epochs", "teacher_lr", "teacher_seed", "weight_decay", "beta2", "warmup", "clip", "precision",
+    "micro_batch_size",
 )  # fmt: skip
 
 
@@ -257,7 +257,9 @@ class _Run:
         done = self.folder / result.FILE_NAME
         if done.exists() and not self.config.force:
             found = result.load(done)
-            if found.key == self.key:
+            if found.key == self.key and (
+                not self.config.save_model or (self.folder / "model" / "hhbench.json").exists()
+            ):
                 log.info("done already: %s", done)
                 return found
         if rank() == 0:
@@ -300,7 +302,7 @@ class _Run:
             if fidelity["floored_rows"]:
                 log.info("%d rows of features lay at the floor in the test", fidelity["floored_rows"])
         if rank() == 0 and c.save_model:
-            hosts.save(model, self.folder / "model", attn=c.attn, options=c.options)
+            models.save(model, self.folder / "model", attn=c.attn, options=c.options)
         if rank() == 0:
             order = sorted(scores)
             np.savez_compressed(
@@ -341,8 +343,8 @@ class _Run:
             if not (folder / "hhbench.json").exists():
                 self._make_teacher(folder, key, identity)
         barrier()
-        model = hosts.load(folder)
-        notes = hosts.manifest(folder)["teacher"]
+        model = models.load(folder)
+        notes = models.manifest(folder)["teacher"]
         log.info("teacher %s: %s %.4f", key[:8], notes["score_name"], notes["score"])
         return model, Teacher(key=key, score=notes["score"])
 
@@ -359,7 +361,7 @@ class _Run:
                 "key": key, "identity": identity, "score": score, "score_name": stage.score_name,
                 "validation": report.validation, "seconds": report.seconds,
             }  # fmt: skip
-            hosts.save(model, folder, attn="softmax", options={}, notes={"teacher": notes})
+            models.save(model, folder, attn="softmax", options={}, notes={"teacher": notes})
 
     def _transfer(self, model: nn.Module) -> None:
         """Teach the maps, or read what an interrupted run taught them."""
@@ -455,7 +457,8 @@ class _Run:
             prefix = "" if len(self.data.tests) == 1 else f"{name}/"
             metrics |= {f"{prefix}{metric}": value for metric, value in found.items()}
             scores |= {len(scores) + index: score for index, score in per_example.items()}
-        return sum(values) / len(values), metrics, scores
+        value = sum(values) / len(values)
+        return value, metrics | {stage.score_name: value}, scores
 
     @torch.no_grad()
     def _measure_fidelity(self, model: nn.Module) -> list[tuple[float, float, float]]:
@@ -634,13 +637,3 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
-
-
-class _Callable(types.ModuleType):
-    """`hhbench.run(config)`: importing this module puts it over the function of its name in the package."""
-
-    def __call__(self, config: RunConfig) -> Result:
-        return run(config)
-
-
-sys.modules[__name__].__class__ = _Callable
