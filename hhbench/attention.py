@@ -25,6 +25,21 @@ import torch
 from torch import Tensor, nn
 
 from hhbench.errors import HHBenchError, UsageError, in_one_line, unknown_name
+from hhbench.linear_attention import (
+    CHUNK,
+    FLOOR,
+    FORMS,
+    Keys,
+    LinearState,
+    Sums,
+    bidirectional,
+    chunked,
+    divide,
+    empty_sums,
+    quadratic,
+    quadratic_scores,
+    recurrent,
+)
 from hhbench.registry import Registry
 
 Direction = Literal["causal", "bidirectional"]
@@ -226,6 +241,178 @@ def repeat_heads(x: Tensor, num_heads: int) -> Tensor:
     return x if x.shape[1] == num_heads else x.repeat_interleave(num_heads // x.shape[1], dim=1)
 
 
+class LinearAttention(Attention):
+    """Attention through a pair of feature maps. The maps are the attention's own; the sum is hhbench's.
+
+    Features, sums and normaliser are float32 for inputs of 32 bits or fewer and float64 for float64, under autocast
+    too: a running sum in bfloat16 stops growing at 256 equal terms.
+
+    Args:
+        shape: where it sits.
+        make_map: makes a feature map for a shape.
+        tie_qk: one map for queries and keys.
+        share_kv_heads: with grouped queries, one key map and one state per key-value head. By default keys are
+            repeated before the map, so that every query head has its own.
+
+    Attributes:
+        floored_rows: query and key rows whose features all lay at or below FLOOR, counted in evaluation mode: such
+            a query attends evenly, such a key is hardly seen.
+    """
+
+    floored_rows: Tensor
+
+    def __init__(
+        self,
+        shape: MixerShape,
+        make_map: Callable[[MixerShape], FeatureMap],
+        *,
+        tie_qk: bool = False,
+        share_kv_heads: bool = False,
+    ) -> None:
+        super().__init__(shape)
+        self.share_kv_heads = share_kv_heads and shape.num_kv_heads < shape.num_heads
+        if tie_qk and self.share_kv_heads:
+            raise UsageError("tie_qk needs a key map per query head; share_kv_heads has one per key-value head")
+        self.query_map = make_map(shape)
+        self.key_map = self.query_map if tie_qk else make_map(shape_for_keys(shape) if self.share_kv_heads else shape)
+        self.register_buffer("floored_rows", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    def forward(  # type: ignore[override]  # a state goes in and comes out on request
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        state: LinearState | None = None,
+        return_state: bool = False,
+        form: str = "auto",
+    ) -> Tensor | tuple[Tensor, LinearState]:
+        """The output [B, H, N, E], and the state after the last token if asked for.
+
+        Args:
+            state: what a causal attention remembers of earlier tokens; q, k and v then continue them.
+            return_state: return (output, state).
+            form: "quadratic", "chunked" or "recurrent"; "auto" takes the cheapest for the shape.
+            For the others see `Attention.forward`.
+        """
+        check_inputs(self.shape, q, k, v, key_mask)
+        if form not in FORMS:
+            raise unknown_name("form", form, FORMS)
+        if (state is not None or return_state) and not self.shape.causal:
+            raise UsageError("a bidirectional attention has no state: later tokens change earlier outputs")
+        with torch.autocast(q.device.type, enabled=False):
+            queries, keys, attended = self._mapped(q, k, v, key_mask, positions, state)
+            sums = self._sums(state)
+            extra = k.shape[2] - q.shape[2]
+            if extra and self.shape.causal:  # keys before the first query: a cache holds tokens that came earlier
+                sums = (sums or empty_sums(keys)).add(keys[slice(0, extra)])
+                keys = keys[slice(extra, None)]
+            if not self.shape.causal:
+                out = self._bidirectional(queries, keys, form)
+            elif form == "quadratic" and sums is None:
+                out = quadratic(queries, keys, causal=True)
+            elif form == "recurrent" or (form == "auto" and q.shape[2] == 1):
+                out, sums = recurrent(queries, keys, sums)
+                keys = keys[slice(0, 0)]
+            else:
+                out = chunked(queries, keys, sums, chunk_size=q.shape[2] if form == "quadratic" else CHUNK)
+            out = out.reshape(*q.shape[:3], v.shape[3]).to(q.dtype)
+            if not return_state:
+                return out
+            sums = sums or empty_sums(keys)
+            return out, self._state(sums.add(keys) if keys.features.shape[-2] else sums, attended)
+
+    def weights(
+        self, q: Tensor, k: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        check_inputs(self.shape, q, k, None, key_mask)
+        with torch.autocast(q.device.type, enabled=False):
+            queries, keys, _ = self._mapped(q, k, k, key_mask, positions, None)
+            scores = quadratic_scores(queries, keys, causal=self.shape.causal)
+            return divide(scores, scores.sum(-1)).reshape(*q.shape[:3], k.shape[2])
+
+    def state_bytes(self, num_tokens: int, *, batch_size: int = 1) -> int | None:
+        """Constant in the number of tokens: (F E + F + 1) float32 for each state, and one counter a sequence."""
+        del num_tokens
+        if not self.shape.causal:
+            return None
+        heads = self.shape.num_kv_heads if self.share_kv_heads else self.shape.num_heads
+        F, E = self.key_map.feature_dim, self.shape.head_dim
+        return batch_size * (heads * (F * E + F + 1) * 4 + 8)
+
+    def _bidirectional(self, queries: Tensor, keys: Keys, form: str) -> Tensor:
+        N, M = queries.shape[-2], keys.features.shape[-2]
+        F, E = keys.features.shape[-1], keys.values.shape[-1]
+        if form == "recurrent":
+            raise UsageError("a bidirectional attention has no recurrent form")
+        if form == "quadratic" or (form == "auto" and N * M * (F + E) <= (N + M) * F * E):
+            return quadratic(queries, keys, causal=False)
+        return bidirectional(queries, keys)
+
+    def _mapped(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_mask: Tensor | None,
+        positions: Tensor | None,
+        state: LinearState | None,
+    ) -> tuple[Tensor, Keys, Tensor]:
+        """Mapped queries, mapped keys, and the number of attended tokens [B] so far."""
+        B, num_keys = k.shape[0], k.shape[2]
+        attended = torch.full((B,), num_keys, device=k.device) if key_mask is None else key_mask.sum(-1)
+        if positions is None:
+            positions = token_positions(key_mask, batch_size=B, length=num_keys, device=k.device)
+            if state is not None:
+                positions = positions + state.num_attended[:, None]
+        if state is not None:
+            attended = attended + state.num_attended
+        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        q, k, v = (zero_padding(x.to(dtype), key_mask) for x in (q, k, v))
+        if not self.share_kv_heads:
+            k, v = repeat_heads(k, self.shape.num_heads), repeat_heads(v, self.shape.num_heads)
+        queries = self.query_map.map_queries(q, positions=positions[:, num_keys - q.shape[2] :])
+        features, log_scale = self.key_map.map_keys(k, positions=positions, key_mask=key_mask)
+        if not self.training:
+            self._count_floored(queries, features, key_mask)
+        queries, features = queries.clamp_min(FLOOR), features.clamp_min(FLOOR)
+        if key_mask is not None:
+            padded = ~key_mask[:, None, :]
+            features = features.masked_fill(padded[..., None], 0.0)
+            log_scale = None if log_scale is None else log_scale.masked_fill(padded, -torch.inf)
+        if self.share_kv_heads:  # heads of a group become a dimension over which keys broadcast
+            queries = queries.reshape(B, self.shape.num_kv_heads, -1, *queries.shape[2:])
+            features, v = features.unsqueeze(2), v.unsqueeze(2)
+            log_scale = None if log_scale is None else log_scale.unsqueeze(2)
+        return queries, Keys(features, v, log_scale), attended
+
+    @torch.no_grad()
+    def _count_floored(self, queries: Tensor, features: Tensor, key_mask: Tensor | None) -> None:
+        for rows in (queries, features):
+            dead = rows.amax(-1) <= FLOOR
+            if key_mask is not None:
+                dead = dead & key_mask[:, None, -dead.shape[2] :]
+            self.floored_rows += dead.sum()
+
+    def _sums(self, state: LinearState | None) -> Sums | None:
+        if state is None:
+            return None
+        grouped = self.share_kv_heads
+        values, keys, log_max = state.values, state.keys, state.log_max
+        return (
+            Sums(values.unsqueeze(2), keys.unsqueeze(2), log_max.unsqueeze(2))
+            if grouped
+            else Sums(values, keys, log_max)
+        )
+
+    def _state(self, sums: Sums, attended: Tensor) -> LinearState:
+        if self.share_kv_heads:
+            sums = Sums(sums.values.squeeze(2), sums.keys.squeeze(2), sums.log_max.squeeze(2))
+        return LinearState(sums.values, sums.keys, sums.log_max, attended)
+
+
 Part = FeatureMap | Attention | SequenceMixer
 PartT = TypeVar("PartT", bound=type[Part])
 
@@ -266,8 +453,6 @@ class AttentionSpec:
     @property
     def options(self) -> dict[str, Any]:
         """Every option with its default: the keyword-only parameters of the class, and of the sum around a map."""
-        from hhbench.linear_attention import LinearAttention
-
         holders: list[type] = [self.part]
         if issubclass(self.part, FeatureMap):
             holders.append(LinearAttention)
@@ -297,8 +482,6 @@ class AttentionSpec:
             UsageError: the direction or an option doesn't fit.
             HHBenchError: a user's class raised, or is none of the three contracts.
         """
-        from hhbench.linear_attention import LinearAttention
-
         self.check(direction=shape.direction, options=options)
         try:
             if issubclass(self.part, FeatureMap):

@@ -9,6 +9,7 @@ import logging
 import math
 import time
 import warnings
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,9 +206,9 @@ class _Stage(lightning.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.tokens = int(checkpoint.get("tokens", 0))
 
+    @abstractmethod
     def trained(self) -> list[dict[str, Any]]:
-        """Parameter groups."""
-        raise NotImplementedError
+        """Parameter groups for the optimizer."""
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.AdamW(

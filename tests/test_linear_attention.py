@@ -8,9 +8,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hhbench.attention import FeatureMap, MixerShape
+from hhbench.attention import FeatureMap, LinearAttention, MixerShape
 from hhbench.errors import UsageError
-from hhbench.linear_attention import CHUNK, FLOOR, LinearAttention, LinearState
+from hhbench.linear_attention import CHUNK, FLOOR, LinearState
 
 # --- maps that exercise what the sum does with them ---
 
