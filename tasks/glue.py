@@ -9,7 +9,7 @@ import io
 import json
 import random
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,7 +24,9 @@ from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassMatthewsCorrCoef,
 )
-from torchmetrics.regression import PearsonCorrCoef, SpearmanCorrCoef
+from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrcoef
+from torchmetrics.regression import SpearmanCorrCoef
+from torchmetrics.utilities import dim_zero_cat
 
 from hhbench import data, models
 from hhbench.config import RunConfig
@@ -226,31 +228,27 @@ class Glue(Task):
     def metrics(self, data: TaskData, config: RunConfig) -> MetricCollection:
         classes = data.facts["num_classes"]
         if classes == 0:
-            return MetricCollection(
-                {
-                    "pearson": PearsonCorrCoef(),
-                    "spearman": SpearmanCorrCoef(),
-                    "pearson_spearman": _PearsonSpearman(),
-                },
-                compute_groups=False,
-            )
+            kinds = (pearson_corrcoef, spearman_corrcoef)
+            names = {"pearson": kinds[:1], "spearman": kinds[1:], "pearson_spearman": kinds}
+            return MetricCollection({n: _Correlation(*chosen) for n, chosen in names.items()}, compute_groups=False)
         metrics: dict[str, Any] = {"accuracy": MulticlassAccuracy(classes, average="micro")}
         if classes == 2:
             metrics |= {"f1": BinaryF1Score(), "matthews": MulticlassMatthewsCorrCoef(classes)}
         return MetricCollection(metrics, compute_groups=False)
 
 
-class _PearsonSpearman(SpearmanCorrCoef):
-    """The mean of the two correlations, as GLUE reports STS-B."""
+class _Correlation(SpearmanCorrCoef):
+    """Pearson's, Spearman's, or the mean of the two, as GLUE reports STS-B."""
+
+    def __init__(self, *kinds: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.kinds = kinds
 
     def compute(self) -> Tensor:
-        from torchmetrics.utilities import dim_zero_cat
-
-        predictions = dim_zero_cat(self.preds)
-        pearson = PearsonCorrCoef().to(self.device)
-        both: Tensor = (super().compute() + pearson(predictions, dim_zero_cat(self.target))) / 2
+        predictions, targets = dim_zero_cat(self.preds), dim_zero_cat(self.target)
+        mean = torch.stack([kind(predictions, targets) for kind in self.kinds]).mean()
         # A model that says the same of everything correlates with nothing; NaN would cost the run its result.
-        return both.nan_to_num(nan=0.0) if predictions.isfinite().all() else both
+        return mean.nan_to_num(nan=0.0) if predictions.isfinite().all() else mean
 
 
 def _source(config: RunConfig) -> str:
