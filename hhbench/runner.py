@@ -15,7 +15,6 @@ import os
 import platform
 import re
 import resource
-import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -56,6 +55,7 @@ from hhbench.train import (
 
 log = logging.getLogger("hhbench")
 
+TRANSFERRED = "transfer.safetensors"  # what transfer taught the maps, until the run is done
 FIDELITY_EXAMPLES = 128  # of the validation split, on which KL and entropies are measured
 
 # What a teacher depends on: not on the attention, nor on what happens after the swap.
@@ -222,6 +222,12 @@ class _Run:
         self.plan, self.config, self.task = plan, plan.config, plan.task
         self.seconds: dict[str, float] = {}
         self.tokens = 0
+        self.params_added = 0
+        self.teacher: Teacher | None = None
+        self.after_swap: float | None = None
+        self.after_transfer: float | None = None
+        self.fidelity: Fidelity | None = None
+        self.tuning: Tuning | None = None
         self.data: TaskData = self.task.load_data(self.config)
         self.weights = self.task.weights(self.config)
         self.key = result.key_of(self.identity)
@@ -267,8 +273,7 @@ class _Run:
         made = self._run()
         if rank() == 0:
             result.save(made, self.folder)
-            for stage in ("train", "transfer", "teacher"):
-                shutil.rmtree(self.folder / stage / "checkpoints", ignore_errors=True)
+            (self.folder / TRANSFERRED).unlink(missing_ok=True)
         barrier()
         return made
 
@@ -277,62 +282,62 @@ class _Run:
     def _run(self) -> Result:
         plan, c = self.plan, self.config
         _reset_peak_memory()
-        model, teacher = self._start()
-        params_before = _count(model)
+        model = self._start()
+        before = _count(model)
         torch.manual_seed(c.seed)
         hosts.convert(model, plan.spec, **c.options)
-        added = _count(model) - params_before
-        log.info("%s adds %s parameters to %s", plan.label, f"{added:,}", f"{params_before:,}")
-
-        fidelity, after_swap, after_transfer = None, None, None
+        self.params_added = _count(model) - before
+        log.info("%s adds %s parameters to %s", plan.label, f"{self.params_added:,}", f"{before:,}")
         if plan.converts:
-            if plan.spec.part is ATTENTIONS.get("softmax").part:
-                after_swap = teacher["score"] if teacher else None
-            else:
-                fidelity = self._fidelity_before(model)
-                after_swap = self._test(model, "test after the swap")[0] if self._scorable else None
-                if plan.transfers and added:
-                    self._transfer(model)
-                    self._fidelity_after(model, fidelity)
-                    after_transfer = self._test(model, "test after transfer")[0] if self._scorable else None
-        tuning = self._train(model) if plan.trains else None
+            self._after_the_swap(model)
+        if plan.trains:
+            self.tuning = self._train(model)
         value, metrics, scores = self._test(model, "test")
-        if fidelity is not None:
-            fidelity["floored_rows"] = sum(int(counter) for counter in _floored(model))
-            if fidelity["floored_rows"]:
-                log.info("%d rows of features lay at the floor in the test", fidelity["floored_rows"])
-        if rank() == 0 and c.save_model:
-            models.save(model, self.folder / "model", attn=c.attn, options=c.options)
+        if self.fidelity is not None:
+            self.fidelity["floored_rows"] = sum(int(counter) for counter in _floored(model))
+            if self.fidelity["floored_rows"]:
+                log.info("%d rows of features lay at the floor in the test", self.fidelity["floored_rows"])
         if rank() == 0:
+            if c.save_model:
+                models.save(model, self.folder / "model", attn=c.attn, options=c.options)
             order = sorted(scores)
             np.savez_compressed(
                 self.folder / "examples.npz",
                 index=np.array(order, dtype=np.int32),
                 score=np.array([scores[i] for i in order], dtype=np.float32),
             )
-        return self._record(
-            model, value, metrics, len(scores), teacher, after_swap, after_transfer, fidelity, tuning, added
-        )
+        return self._record(model, value, metrics, len(scores))
 
-    @property
-    def _scorable(self) -> bool:
-        """Whether the swapped model has a head that was trained, so that its score means something."""
-        return self.config.regime == "finetuned-conversion" or self.task.scores_pretrained
+    def _after_the_swap(self, model: nn.Module) -> None:
+        """Measure what the swap left, teach the maps if the recipe says so, and measure again."""
+        if self.plan.spec.part is ATTENTIONS.get("softmax").part:
+            self.after_swap = self.teacher["score"] if self.teacher else None
+            return
+        # A classifier that was only pretrained has a head of random weights: its score would mean nothing.
+        scorable = self.config.regime == "finetuned-conversion" or self.task.scores_pretrained
+        self.fidelity = self._fidelity_before(model)
+        if scorable:
+            self.after_swap = self._test(model, "test after the swap")[0]
+        if self.plan.transfers and self.params_added:
+            self._transfer(model)
+            self._fidelity_after(model, self.fidelity)
+            if scorable:
+                self.after_transfer = self._test(model, "test after transfer")[0]
 
-    def _start(self) -> tuple[nn.Module, Teacher | None]:
-        """The model to give the attention to, and the teacher's record if it had one."""
+    def _start(self) -> nn.Module:
+        """The model to give the attention to; `teacher` is set if it was trained or has a score of its own."""
         c = self.config
         if c.regime == "finetuned-conversion":
-            return self._teacher()
+            return self._load_teacher()
         torch.manual_seed(c.seed)
         model = self.task.build_model(c, self.data)
         if c.regime == "pretrained-conversion" and self.task.scores_pretrained:
             hosts.convert(model, "softmax")
             score = self._test(model, "test the pretrained model")[0]
-            return model, Teacher(key=result.key_of(self.weights), score=score)
-        return model, None
+            self.teacher = Teacher(key=result.key_of(self.weights), score=score)
+        return model
 
-    def _teacher(self) -> tuple[nn.Module, Teacher]:
+    def _load_teacher(self) -> nn.Module:
         """The softmax model that is converted: trained once, then read from its folder."""
         c = self.config
         settings = {name: self.identity["settings"][name] for name in TEACHER_SETTINGS}
@@ -346,7 +351,8 @@ class _Run:
         model = models.load(folder)
         notes = models.manifest(folder)["teacher"]
         log.info("teacher %s: %s %.4f", key[:8], notes["score_name"], notes["score"])
-        return model, Teacher(key=key, score=notes["score"])
+        self.teacher = Teacher(key=key, score=notes["score"])
+        return model
 
     def _make_teacher(self, folder: Path, key: str, identity: Mapping[str, Any]) -> None:
         c = self.config
@@ -366,7 +372,7 @@ class _Run:
     def _transfer(self, model: nn.Module) -> None:
         """Teach the maps, or read what an interrupted run taught them."""
         c = self.config
-        kept = self.folder / "transfer.safetensors"
+        kept = self.folder / TRANSFERRED
         maps = {
             f"{n}.{p}": t
             for n, s in hosts.slots(model).items()
@@ -509,19 +515,7 @@ class _Run:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + report.seconds
         self.tokens += report.tokens
 
-    def _record(
-        self,
-        model: nn.Module,
-        value: float,
-        metrics: dict[str, float],
-        num_examples: int,
-        teacher: Teacher | None,
-        after_swap: float | None,
-        after_transfer: float | None,
-        fidelity: Fidelity | None,
-        tuning: Tuning | None,
-        added: int,
-    ) -> Result:
+    def _record(self, model: nn.Module, value: float, metrics: dict[str, float], num_examples: int) -> Result:
         c, task, spec = self.config, self.task, self.plan.spec
         data = task.dataset(str(c.dataset))
         hosted = [slot.attention for slot in hosts.slots(model).values()]
@@ -536,7 +530,7 @@ class _Run:
                 "name": spec.name,
                 "label": self.plan.label,
                 "recipe": c.recipe,
-                "params_added": added,
+                "params_added": self.params_added,
                 "has_weights": all(a.has_weights for a in hosted),
             },
             task={
@@ -551,14 +545,14 @@ class _Run:
             },
             score=Score(data.score, value, data.higher_is_better, num_examples),
             metrics=metrics,
-            teacher=teacher,
-            after_swap=after_swap,
-            after_transfer=after_transfer,
-            fidelity=fidelity,
-            tuning=tuning,
+            teacher=self.teacher,
+            after_swap=self.after_swap,
+            after_transfer=self.after_transfer,
+            fidelity=self.fidelity,
+            tuning=self.tuning,
             cost=Cost(
                 params=_count(model),
-                params_added=added,
+                params_added=self.params_added,
                 train_tokens=self.tokens,
                 seconds={stage: round(seconds, 2) for stage, seconds in self.seconds.items()},
                 train_tokens_per_s=round(self.tokens / max(sum(self.seconds.values()), 1e-9), 1),
