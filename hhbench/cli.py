@@ -366,14 +366,14 @@ def _list(args: argparse.Namespace) -> int:
             )
         elif args.what == "datasets":
             _print_table(
-                ("data set", "task", "score", "presets", "fetched from"),
+                ("data set", "task", "score", "presets", "comes from"),
                 (
                     (
                         name,
                         t.name,
                         f"{data.score} {'up' if data.higher_is_better else 'down'}",
                         ", ".join(p for p in PRESETS if name in t.suites.get(p, ())) or "by name",
-                        ", ".join(f.name for f in data.files) or "see hhbench show " + t.name,
+                        ", ".join(f.name for f in data.files) or data.source,
                     )
                     for t in tasks
                     for name, data in t.datasets.items()

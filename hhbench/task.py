@@ -31,12 +31,14 @@ class Dataset:
         score: the metric that counts.
         higher_is_better: its direction.
         files: pinned files of the package registry that it is read from.
+        source: where it comes from if there are none.
     """
 
     title: str
     score: str
     higher_is_better: bool = True
     files: tuple[PackageFile, ...] = ()
+    source: str = "the hub"
 
 
 @dataclass(frozen=True)

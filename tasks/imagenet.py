@@ -50,7 +50,7 @@ class ImageNet(Task):
     title = "ImageNet"
     causal = False
     datasets = {
-        "digits": Dataset("digits", "top1"),
+        "digits": Dataset("digits", "top1", source="scikit-learn"),
         "cifar10": Dataset("cifar10", "top1"),
         "imagenet-1k": Dataset("imagenet-1k", "top1"),
     }

@@ -36,7 +36,7 @@ class Recall(Task):
     title = "Associative recall"
     causal = True
     regimes = ("scratch", "finetuned-conversion")
-    datasets = {"ar": Dataset("ar", "accuracy"), "mqar": Dataset("mqar", "accuracy")}
+    datasets = {name: Dataset(name, "accuracy", source="generated") for name in ("ar", "mqar")}
     suites = {"mini": ("ar", "mqar"), "paper": ("ar", "mqar")}
 
     def settings(self, config: RunConfig) -> dict[str, Any]:
