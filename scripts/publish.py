@@ -44,12 +44,15 @@ def plot() -> None:
     """One panel a table: each attention's mean score, every seed a dot, the teacher a dashed line."""
     found, _ = result.find(RESULTS)
     titles = sorted({(r.task["name"], r.task["title"]) for r in found})
-    figure, panels = plt.subplots(1, len(titles), figsize=(2.6 * len(titles), 3.2), squeeze=False)
+    figure, panels = plt.subplots(1, len(titles), figsize=(2.7 * len(titles), 3.4), squeeze=False)
     for panel, (task, title) in zip(panels[0], titles, strict=True):
         rows: dict[str, list[float]] = {}
         members = [r for r in found if (r.task["name"], r.task["title"]) == (task, title)]
+        recipes = {(one.attention["label"], one.attention["recipe"]) for one in members}
         for one in members:
-            rows.setdefault(one.attention["label"], []).append(one.score.value)
+            label, recipe = one.attention["label"], one.attention["recipe"]
+            several = len([r for name, r in recipes if name == label]) > 1
+            rows.setdefault(f"{label}\n{recipe}" if several else label, []).append(one.score.value)
         labels = sorted(rows)
         means = [sum(rows[label]) / len(rows[label]) for label in labels]
         panel.bar(labels, means, color="#c9d6df", width=0.7)
@@ -64,7 +67,7 @@ def plot() -> None:
         metric = members[0].score
         arrow = "higher is better" if metric.higher_is_better else "lower is better"
         panel.set_title(f"{task}: {title}\n{metric.name.replace('_', ' ')}, {arrow}", fontsize=8)
-        panel.tick_params(axis="x", rotation=40, labelsize=8)
+        panel.tick_params(axis="x", rotation=40, labelsize=7)
         panel.tick_params(axis="y", labelsize=8)
         panel.spines[["top", "right"]].set_visible(False)
     figure.text(0.5, 0.005, "dots: seeds; dashed: the softmax teacher that was converted", ha="center", fontsize=8)
