@@ -4,7 +4,9 @@ python scripts/publish.py                 rewrite README.md and docs/mini.png
 python scripts/publish.py runs            first copy every result below runs/ to docs/results
 """
 
+import math
 import shutil
+import statistics
 import sys
 from pathlib import Path
 
@@ -41,38 +43,41 @@ def fill_readme() -> None:
 
 
 def plot() -> None:
-    """One panel a table: each attention's mean score, every seed a dot, the teacher a dashed line."""
+    """One panel a table: a line for each attention and recipe, every seed a dot, the mean a bar, the teacher dashed."""
     found, _ = result.find(RESULTS)
     titles = sorted({(r.task["name"], r.task["title"]) for r in found})
-    figure, panels = plt.subplots(1, len(titles), figsize=(2.7 * len(titles), 3.4), squeeze=False)
-    for panel, (task, title) in zip(panels[0], titles, strict=True):
-        rows: dict[str, list[float]] = {}
+    figure, panels = plt.subplots(2, math.ceil(len(titles) / 2), figsize=(12, 5), squeeze=False)
+    for panel, (task, title) in zip(panels.flat, titles, strict=False):
         members = [r for r in found if (r.task["name"], r.task["title"]) == (task, title)]
-        recipes = {(one.attention["label"], one.attention["recipe"]) for one in members}
+        metric = members[0].score
+        rows: dict[str, list[float]] = {}
         for one in members:
             label, recipe = one.attention["label"], one.attention["recipe"]
-            several = len([r for name, r in recipes if name == label]) > 1
-            rows.setdefault(f"{label}\n{recipe}" if several else label, []).append(one.score.value)
-        labels = sorted(rows)
-        means = [sum(rows[label]) / len(rows[label]) for label in labels]
-        panel.bar(labels, means, color="#c9d6df", width=0.7)
-        for x, label in enumerate(labels):
-            panel.plot([x] * len(rows[label]), rows[label], ".", color="#1f3b4d", markersize=5)
-        values = [value for scores in rows.values() for value in scores]
-        teachers = {one.teacher["score"] for one in members if one.teacher}
-        for score in teachers:
-            panel.axhline(score, linestyle="--", color="#d1495b", linewidth=1)
-        spread = max([*values, *teachers]) - min(values)
-        panel.set_ylim(max(0.0, min(values) - 0.3 * spread), max([*values, *teachers]) + 0.1 * spread)
-        metric = members[0].score
+            rows.setdefault(label if recipe is None else f"{label} ({recipe})", []).append(one.score.value)
+        best_last = sorted(rows, key=lambda row: statistics.mean(rows[row]), reverse=not metric.higher_is_better)
+        for y, row in enumerate(best_last):
+            panel.plot(rows[row], [y] * len(rows[row]), "o", color="#1f3b4d", markersize=4, alpha=0.7)
+            panel.plot([statistics.mean(rows[row])], [y], "|", color="#d17b0f", markersize=14, markeredgewidth=2)
+        for score in {one.teacher["score"] for one in members if one.teacher}:
+            panel.axvline(score, linestyle="--", color="#d1495b", linewidth=1)
+        panel.set_yticks(range(len(best_last)), best_last, fontsize=8)
+        panel.set_ylim(-0.6, len(best_last) - 0.4)
         arrow = "higher is better" if metric.higher_is_better else "lower is better"
-        panel.set_title(f"{task}: {title}\n{metric.name.replace('_', ' ')}, {arrow}", fontsize=8)
-        panel.tick_params(axis="x", rotation=40, labelsize=7)
-        panel.tick_params(axis="y", labelsize=8)
+        panel.set_title(f"{task}: {title}", fontsize=10)
+        panel.set_xlabel(f"{metric.name.replace('_', ' ')}, {arrow}", fontsize=8)
+        panel.tick_params(axis="x", labelsize=8)
+        panel.grid(axis="y", color="#e6e6e6")
+        panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
-    figure.text(0.5, 0.005, "dots: seeds; dashed: the softmax teacher that was converted", ha="center", fontsize=8)
+    figure.text(
+        0.5,
+        0.01,
+        "dots: seeds; bar: their mean; dashed: the softmax teacher that was converted",
+        ha="center",
+        fontsize=8,
+    )
     figure.tight_layout(rect=(0, 0.03, 1, 1))
-    figure.savefig(ROOT / "docs" / "mini.png", dpi=130)
+    figure.savefig(ROOT / "docs" / "mini.png", dpi=110)
 
 
 if __name__ == "__main__":
