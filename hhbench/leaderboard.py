@@ -224,6 +224,13 @@ def _group(result: Result) -> Group:
     )
 
 
+def _tokens_per_s(result: Result) -> float | None:
+    """Of training or finetuning alone: a transfer stage, which runs few backward passes, would flatter its row."""
+    seconds = result.cost["seconds"].get("train")
+    trials = len(result.tuning["trials"]) if result.tuning else 1
+    return result.task["train_tokens"] * trials / seconds if seconds else None
+
+
 def _digest(hashes: Mapping[str, str]) -> str | None:
     return next(iter(hashes.values())) if len(hashes) == 1 else key_of(hashes) if hashes else None
 
@@ -290,7 +297,7 @@ def _row(units: Sequence[Sequence[Result]], *, settings: str, measured: bool) ->
         kl_before=mean(lambda r: kl(r, "kl_before")),
         kl_after=mean(lambda r: kl(r, "kl_after")),
         params_added=first.attention["params_added"],
-        tokens_per_s=mean(lambda r: r.cost["train_tokens_per_s"]) if measured else None,
+        tokens_per_s=mean(_tokens_per_s) if measured else None,
         peak_memory_mb=mean(lambda r: r.cost["peak_memory_mb"]) if measured else None,
         state_bytes=first.cost["state_bytes"] if measured else None,
         keys=tuple(r.key for unit in units for r in unit),

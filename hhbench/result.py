@@ -117,7 +117,7 @@ class Tuning(TypedDict):
 class Cost(TypedDict):
     """Seconds by stage, tokens per second of training, memory in MB, and the state of decoding in bytes.
 
-    `train_tokens` were trained on in all stages together. `length`, in tokens, is where speed, memory and
+    `train_tokens` and `train_tokens_per_s` are of all stages together. `length`, in tokens, is where speed, memory and
     state were measured. `state_bytes` is None where decoding is not recurrent.
     """
 

@@ -89,7 +89,7 @@ def make(
             "trials": [{"lr": lr, "validation": 0.5} for lr in trials], "picked": trials[0]
         } if trials else None,
         cost={
-            "params": 100, "params_added": 12_345, "train_tokens": 3000, "seconds": {},
+            "params": 100, "params_added": 12_345, "train_tokens": 3000, "seconds": {"train": 0.5},
             "train_tokens_per_s": 2000.0, "peak_memory_mb": 300.0, "state_bytes": state_bytes,
             "length": length,
         },
