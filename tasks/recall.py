@@ -95,7 +95,7 @@ class Recall(Task):
         def split(count: int, seed: int) -> Split:
             generator = torch.Generator().manual_seed(seed)
             tokens, targets = make(count, length=length, vocab=vocab, generator=generator)
-            return Split(list(zip(tokens, targets, strict=True)), [length] * count)  # type: ignore[arg-type]
+            return Split(list(zip(tokens, targets, strict=True)), [length - 1] * count)  # type: ignore[arg-type]
 
         tests = int(config.test_examples or 0)
         # The same examples for every run, in an order of the run's seed: a teacher is shared by all seeds.
