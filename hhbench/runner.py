@@ -36,7 +36,7 @@ from hhbench.attention import ATTENTIONS, AttentionSpec, Direction, probe
 from hhbench.config import RECIPES, RunConfig
 from hhbench.distill import LayerFidelity, intercepted
 from hhbench.errors import HHBenchError, UsageError, in_one_line, unknown_name
-from hhbench.result import Cost, Fidelity, Identity, Result, Score, Teacher, Tuning
+from hhbench.result import Cost, Fidelity, Identity, Result, Score, Teacher, Trial, Tuning
 from hhbench.task import TASKS, Task, TaskData
 from hhbench.train import (
     Schedule,
@@ -406,21 +406,19 @@ class _Run:
             return None
         higher = self.task.dataset(str(c.dataset)).higher_is_better
         start = copy.deepcopy(model.state_dict())
-        trials, best_state, best, picked = [], start, -torch.inf, c.tune[0]
+        trials: list[Trial] = []
+        best_state, best, picked = start, -torch.inf, c.tune[0]
         for lr in c.tune:
             model.load_state_dict(start)
             report = self._train_once(model, lr)
             self._spent("train", report)
             validation = report.validation if report.validation is not None else float("nan")
             trials.append({"lr": lr, "validation": validation})
-            if (validation if higher else -validation) > best:
-                best, best_state, picked = (
-                    (validation if higher else -validation),
-                    copy.deepcopy(model.state_dict()),
-                    lr,
-                )
+            merit = validation if higher else -validation
+            if merit > best:
+                best, best_state, picked = merit, copy.deepcopy(model.state_dict()), lr
         model.load_state_dict(best_state)
-        return Tuning(trials=trials, picked=picked)  # type: ignore[typeddict-item]
+        return Tuning(trials=trials, picked=picked)
 
     def _train_once(self, model: nn.Module, lr: float) -> StageReport:
         c = self.config

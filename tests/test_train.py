@@ -727,7 +727,7 @@ def worlds(tmp_path_factory) -> list[dict[str, Any]]:
         timeout=300,
     )
     assert run.returncode == 0, run.stderr[-5000:]
-    ranks = [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
+    ranks = [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
     return [record(folder / "one", 1), *ranks]
 
 
