@@ -280,3 +280,25 @@ def test_wikipedia_is_cut_by_article():
     shared = {line for line in lines[0] & lines[1] if len(line.split()) > 12}
     assert not shared  # no paragraph is in both
     assert list(texts.hashes) == ["wikipedia"]
+
+
+def test_a_pretrained_model_of_a_folder_is_converted_end_to_end(tmp_path):
+    """Zero-shot score, swap, transfer, finetuning: each is recorded, and finetuning on the text helps."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    text = "the quick brown fox jumps over the lazy dog and runs away again\n" * 400
+    (tmp_path / "text.txt").write_text(text)
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(text.splitlines(), vocab_size=300, show_progress=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer).save_pretrained(tmp_path / "gpt2")
+    GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=64)).save_pretrained(
+        tmp_path / "gpt2"
+    )
+    settings = {"task": "lm", "attn": "hedgehog", "regime": "pretrained-conversion", "max_len": 64, "logger": "none"}
+    paths = {"dataset": str(tmp_path / "text.txt"), "model": str(tmp_path / "gpt2"), "out": str(tmp_path / "runs")}
+    made, _ = execute(RunConfig.from_dict({**settings, **paths, "epochs": 2}))
+    assert made.teacher is not None and made.after_swap is not None and made.after_transfer is not None
+    assert made.fidelity is not None and len(made.fidelity["kl_after"]) == 2
+    assert made.score.value < made.teacher["score"]
+    assert set(made.identity["weights"]) == {str(tmp_path / "gpt2")}
