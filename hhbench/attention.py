@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -89,9 +90,16 @@ class FeatureMap(nn.Module):
     whose keys carry a scale, overrides `map_queries` and `map_keys`.
 
     A linear attention makes two maps of a class, one for queries and one for keys, unless it is told to tie them.
+
+    Attributes:
+        feature_dim: F.
+        signed: features may be negative, though phi(q).phi(k) is not (Taylor). Others are kept at or above a floor.
+        tied: queries and keys need the same map, as random features do. It then must not depend on the number of heads.
     """
 
     feature_dim: int
+    signed: ClassVar[bool] = False
+    tied: ClassVar[bool] = False
 
     def __init__(self, shape: MixerShape) -> None:
         super().__init__()
@@ -117,16 +125,36 @@ class FeatureMap(nn.Module):
         return self(k), None
 
 
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """How a parameter wants to be optimised where that differs from the rest of the model.
+
+    A module inside an attention says so by an attribute `optimizer_settings: dict[str, OptimizerSettings]`, by the
+    names of its own parameters. An attribute of the module, not of the parameter: copies keep it.
+
+    Attributes:
+        max_lr: its learning rate is the run's, but at most this.
+        weight_decay: its own weight decay.
+    """
+
+    max_lr: float = math.inf
+    weight_decay: float = 0.0
+
+
 class Attention(nn.Module, ABC):
     """What happens between q, k, v and the output of one layer. This is what a user subclasses.
 
     Attributes:
         shape: where it sits.
-        has_weights: False for attentions whose output is not a weighted mean of v (they override `weights` with
-            nothing, are taught by output error only, and reports print "no weights").
+        has_weights: False for attentions whose output is not a weighted mean of v (they leave `weights` alone and
+            override `quadratic`, are taught by output error only, and reports print "no weights").
+        has_state: whether a causal one decodes from a state of constant size: `forward` then also takes
+            `state: DecodingState | None = None` and `return_state: bool = False`, and returns (output, state) if asked
+            to. q, k, v, key_mask and positions are those of the new tokens only; the state stands for all earlier ones.
     """
 
     has_weights: ClassVar[bool] = True
+    has_state: ClassVar[bool] = False
 
     def __init__(self, shape: MixerShape) -> None:
         super().__init__()
@@ -161,14 +189,38 @@ class Attention(nn.Module, ABC):
         """The weights [B, H, N, M] with which `forward` averages v. Rows sum to 1, or to 0 with no key to attend to."""
         raise HHBenchError(f"{type(self).__name__} has no attention weights")
 
+    def quadratic(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """The definition written out over all pairs of tokens, [B, H, N, E]: the truth that `forward` must equal."""
+        weights = self.weights(q, k, key_mask=key_mask, positions=positions)
+        v = repeat_heads(zero_padding(v, key_mask), self.shape.num_heads)
+        return (weights @ v.to(weights.dtype)).to(q.dtype)
+
     def state_bytes(self, num_tokens: int, *, batch_size: int = 1) -> int | None:
-        """Bytes that decoding must keep after `num_tokens` tokens, or None where it cannot decode recurrently."""
+        """Bytes that decoding must keep after `num_tokens` tokens, for inputs of 32 bits; None where it can't decode
+        from what it kept. With `has_state` they don't depend on the number of tokens.
+        """
         del num_tokens, batch_size
         return None
 
 
 class SequenceMixer(nn.Module, ABC):
-    """A whole block from hidden states to hidden states: what has no q, k and v of its own kind (H3, Hyena)."""
+    """A whole block from hidden states to hidden states: what has no q, k and v of its own kind (H3, Hyena).
+
+    Attributes:
+        has_weights: it never has; see `Attention`.
+        has_state: as for `Attention`: whether a causal one takes `state` and `return_state`.
+    """
+
+    has_weights: ClassVar[bool] = False
+    has_state: ClassVar[bool] = False
 
     def __init__(self, shape: MixerShape) -> None:
         super().__init__()
@@ -176,7 +228,20 @@ class SequenceMixer(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
-        """[B, N, C] -> [B, N, C]."""
+        """[B, N, C] -> [B, N, C]. Hidden states of padded tokens are zeroed first and reach nothing.
+
+        Raises:
+            UsageError: x or key_mask doesn't fit; see `check_hidden_states`.
+        """
+
+    def quadratic(self, x: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
+        """The definition written out over all pairs of tokens, [B, N, C]: the truth that `forward` must equal."""
+        raise HHBenchError(f"{type(self).__name__} has no quadratic form")
+
+    def state_bytes(self, num_tokens: int, *, batch_size: int = 1) -> int | None:
+        """See `Attention.state_bytes`."""
+        del num_tokens, batch_size
+        return None
 
 
 def identity_weight(num_heads: int, head_dim: int, width: int) -> Tensor:
@@ -207,6 +272,16 @@ def check_inputs(shape: MixerShape, q: Tensor, k: Tensor, v: Tensor | None, key_
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (B, num_keys)):
         raise UsageError(
             f"key_mask must be bool [{B}, {num_keys}], True = attend, not {key_mask.dtype} {list(key_mask.shape)}"
+        )
+
+
+def check_hidden_states(shape: MixerShape, x: Tensor, key_mask: Tensor | None) -> None:
+    """Refuse hidden states and a mask that don't fit the shape of a sequence mixer."""
+    if x.ndim != 3 or x.shape[2] != shape.dim:
+        raise UsageError(f"x must be [B, N, {shape.dim}], not {list(x.shape)}")
+    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != x.shape[:2]):
+        raise UsageError(
+            f"key_mask must be bool {list(x.shape[:2])}, True = attend, not {key_mask.dtype} {list(key_mask.shape)}"
         )
 
 
@@ -259,6 +334,7 @@ class LinearAttention(Attention):
             a query attends evenly, such a key is hardly seen.
     """
 
+    has_state = True
     floored_rows: Tensor
 
     def __init__(
@@ -271,10 +347,13 @@ class LinearAttention(Attention):
     ) -> None:
         super().__init__(shape)
         self.share_kv_heads = share_kv_heads and shape.num_kv_heads < shape.num_heads
-        if tie_qk and self.share_kv_heads:
-            raise UsageError("tie_qk needs a key map per query head; share_kv_heads has one per key-value head")
         self.query_map = make_map(shape)
-        self.key_map = self.query_map if tie_qk else make_map(shape_for_keys(shape) if self.share_kv_heads else shape)
+        if tie_qk and self.share_kv_heads and not self.query_map.tied:
+            raise UsageError("tie_qk needs a key map per query head; share_kv_heads has one per key-value head")
+        if tie_qk or self.query_map.tied:
+            self.key_map = self.query_map
+        else:
+            self.key_map = make_map(shape_for_keys(shape) if self.share_kv_heads else shape)
         self.register_buffer("floored_rows", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def forward(  # type: ignore[override]  # a state goes in and comes out on request
@@ -375,9 +454,10 @@ class LinearAttention(Attention):
             k, v = repeat_heads(k, self.shape.num_heads), repeat_heads(v, self.shape.num_heads)
         queries = self.query_map.map_queries(q, positions=positions[:, num_keys - q.shape[2] :])
         features, log_scale = self.key_map.map_keys(k, positions=positions, key_mask=key_mask)
-        if not self.training:
-            self._count_floored(queries, features, key_mask)
-        queries, features = queries.clamp_min(FLOOR), features.clamp_min(FLOOR)
+        if not self.query_map.signed:
+            if not self.training:
+                self._count_floored(queries, features, key_mask)
+            queries, features = queries.clamp_min(FLOOR), features.clamp_min(FLOOR)
         if key_mask is not None:
             padded = ~key_mask[:, None, :]
             features = features.masked_fill(padded[..., None], 0.0)
@@ -454,13 +534,17 @@ class AttentionSpec:
     def options(self) -> dict[str, Any]:
         """Every option with its default: the keyword-only parameters of the class, and of the sum around a map."""
         holders: list[type] = [self.part]
+        unchangeable = set()
         if issubclass(self.part, FeatureMap):
             holders.append(LinearAttention)
+            unchangeable = {"tie_qk"} if self.part.tied else set()
         return {
             name: parameter.default
             for holder in holders
             for name, parameter in inspect.signature(holder).parameters.items()
-            if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty
+            if parameter.kind is parameter.KEYWORD_ONLY
+            and parameter.default is not parameter.empty
+            and name not in unchangeable
         }
 
     def label(self, options: Mapping[str, Any]) -> str:

@@ -18,13 +18,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hhbench.state import DecodingState
+
 FLOOR = 1e-12  # features lie at or above it, in all forms alike
 CHUNK = 128
 FORMS = ("auto", "quadratic", "chunked", "recurrent")
 
 
 @dataclass(frozen=True)
-class LinearState:
+class LinearState(DecodingState):
     """What a causal linear attention remembers of any number of tokens. G is H unless a state serves a group of heads.
 
     Attributes:
@@ -38,10 +40,6 @@ class LinearState:
     keys: Tensor
     log_max: Tensor
     num_attended: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.values, self.keys, self.log_max, self.num_attended))
 
 
 @dataclass(frozen=True)
