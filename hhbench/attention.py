@@ -154,7 +154,7 @@ class Attention(nn.Module, ABC):
     """
 
     has_weights: ClassVar[bool] = True
-    has_state: ClassVar[bool] = False
+    has_state: bool = False
 
     def __init__(self, shape: MixerShape) -> None:
         super().__init__()
@@ -220,7 +220,7 @@ class SequenceMixer(nn.Module, ABC):
     """
 
     has_weights: ClassVar[bool] = False
-    has_state: ClassVar[bool] = False
+    has_state: bool = False
 
     def __init__(self, shape: MixerShape) -> None:
         super().__init__()
