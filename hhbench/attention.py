@@ -547,6 +547,19 @@ class AttentionSpec:
             and name not in unchangeable
         }
 
+    @property
+    def state(self) -> str:
+        """What causal decoding keeps, by the default options: for one head of width 64, or 64 channels of a mixer."""
+        if "causal" not in self.directions:
+            return "none"
+        shape = MixerShape(dim=64, num_heads=1, num_kv_heads=1, head_dim=64, scale=0.125, max_len=4096, causal=True)
+        with torch.random.fork_rng(devices=[]):
+            module = self.build(shape)
+        few, many = module.state_bytes(1024), module.state_bytes(2048)
+        if few is None or many is None:
+            return "none"
+        return f"{few:,} B" if few == many else f"{(many - few) // 1024:,} B a token"
+
     def label(self, options: Mapping[str, Any]) -> str:
         """The name with every option that is not the default: what a table's row is called."""
         unusual = [f"{k}={options[k]}" for k in sorted(options) if options[k] != self.options.get(k)]

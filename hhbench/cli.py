@@ -334,14 +334,15 @@ def _list(args: argparse.Namespace) -> int:
 
         specs = [ATTENTIONS.get(name) for name in ATTENTIONS.names()]
         _print_table(
-            ("attention", "enters as", "cost per layer", "directions", "default recipe", "paper"),
+            ("attention", "enters as", "cost per layer", "state (D 64)", "directions", "default recipe", "paper"),
             (
                 (
                     s.name,
                     s.rung,
                     s.cost,
+                    s.state,
                     " and ".join(sorted(s.directions)),
-                    s.recipe if s.convertible else "-",
+                    s.recipe,
                     s.paper,
                 )
                 for s in specs
@@ -450,7 +451,8 @@ def _show_attention(name: str) -> int:
 
     spec = ATTENTIONS.get(name)
     print(f"{spec.name}: {spec.part.__name__}, a {spec.rung} ({' and '.join(sorted(spec.directions))})")
-    print(f"paper: {spec.paper}\ncost per layer: {spec.cost}\nrecipe: {spec.recipe}, {RECIPES[spec.recipe].help}\n")
+    print(f"paper: {spec.paper}\ncost per layer: {spec.cost}\nstate at head width 64: {spec.state}")
+    print(f"recipe: {spec.recipe}, {RECIPES[spec.recipe].help}\n")
     print(inspect.getdoc(spec.part) or "")
     if spec.options:
         print("\noptions: " + ", ".join(f"{k}={v}" for k, v in spec.options.items()))

@@ -21,11 +21,15 @@ LOGGERS = ("none", "csv", "tensorboard", "wandb")
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named bundle of stages for conversion. `transfer` or `finetune` False means that the stage is left out."""
+    """A named bundle of stages for conversion. `transfer` or `finetune` False means that the stage is left out.
+
+    `frozen`: finetuning leaves the attention's own parameters as they are.
+    """
 
     help: str
     transfer: bool
     finetune: bool
+    frozen: bool = False
 
 
 RECIPES: Mapping[str, Recipe] = {
@@ -34,7 +38,9 @@ RECIPES: Mapping[str, Recipe] = {
     "t2r-hh": Recipe("T2R's map taught by Hedgehog's transfer, then finetuning", transfer=True, finetune=True),
     "no-transfer": Recipe("swap and finetune: for attentions with nothing to teach", transfer=False, finetune=True),
     "transfer-only": Recipe("attention transfer and nothing after it", transfer=True, finetune=False),
+    "frozen-map": Recipe("swap and finetune all but the map", transfer=False, finetune=True, frozen=True),
     "untrained": Recipe("swap and nothing after it", transfer=False, finetune=False),
+    "replacement": Recipe("whole blocks replaced by a mixer, then finetuning", transfer=False, finetune=True),
 }
 
 

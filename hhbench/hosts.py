@@ -9,9 +9,12 @@ attention:
   architectures is kept.
 - timm's `Attention` becomes a subclass of itself, which keeps `qkv` and `proj` and so loads the same weights.
 
+A sequence mixer (H3, Hyena) has projections of its own: a `MixerSlot` stands where the host's attention module was.
+
 What can't be hosted is refused by name, with the reason, before anything trains.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +25,7 @@ from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    Cache,
     PreTrainedModel,
 )
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
@@ -57,6 +61,32 @@ class AttentionSlot(nn.Module):
         return out
 
 
+class MixerSlot(nn.Module):
+    """Stands where a host's attention module was, and takes what the host passes it.
+
+    Everything inside that module goes: projections, rotary embeddings, cache. Where a family keeps its output
+    projection outside (BERT), that stays, after the mixer's own.
+    """
+
+    def __init__(self, mixer: SequenceMixer, replaced: nn.Module) -> None:
+        super().__init__()
+        self.mixer = mixer
+        self._signature = inspect.signature(replaced.forward)
+        self._returns_weights = not isinstance(replaced, TimmAttention)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = self._signature.bind(*args, **kwargs).arguments
+        x: Tensor = next(iter(given.values()))
+        passed = given | given.get("kwargs", {})
+        mask = passed.get("attention_mask", passed.get("attn_mask"))
+        if any(isinstance(value, Cache) for value in passed.values()):
+            raise UsageError(f"{type(self.mixer).__name__} keeps no key-value cache: pass use_cache=False")
+        if mask is not None and mask.ndim != 2:
+            raise UsageError(f"a mixer takes padding masks [B, N], not a {mask.ndim}-D mask {list(mask.shape)}")
+        out = self.mixer(x, key_mask=mask)
+        return (out, None) if self._returns_weights else out
+
+
 @dataclass(frozen=True)
 class HostLayer:
     """An attention layer that a host lets us replace: its name in the model, its module, its shape."""
@@ -72,9 +102,15 @@ def slots(model: nn.Module) -> dict[str, AttentionSlot]:
     return {n.removesuffix(suffix): m for n, m in model.named_modules() if isinstance(m, AttentionSlot)}
 
 
+def attentions(model: nn.Module) -> list[Attention | SequenceMixer]:
+    """What was put into the host's layers, in order of depth."""
+    hosted = (m for m in model.modules() if isinstance(m, AttentionSlot | MixerSlot))
+    return [slot.attention if isinstance(slot, AttentionSlot) else slot.mixer for slot in hosted]
+
+
 def attention_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that the attentions added to the host."""
-    return [p for slot in slots(model).values() for p in slot.attention.parameters()]
+    return [p for attention in attentions(model) for p in attention.parameters()]
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
@@ -97,27 +133,27 @@ def convert(
         UsageError: the model can't host it; the message names the model and the reason.
     """
     spec = ATTENTIONS.get(attn) if isinstance(attn, str) else attn
-    if not spec.convertible:
-        raise UsageError(
-            f"{spec.name} replaces a whole block, not what happens between q, k and v: it can't be swapped in"
-        )
     layers = host_layers(model)
     for index in keep_layers:
         if not -len(layers) <= index < len(layers):
             raise UsageError(f"no layer {index} to keep: the model has {len(layers)}, counted from 0")
     kept = {index % len(layers) for index in keep_layers}
     softmax = ATTENTIONS.get("softmax")
-    attentions: list[Attention] = []  # all of them before any is attached: a refused model stays as it was
+    built: list[Attention | SequenceMixer] = []  # all of them before any is attached: a refused model stays as it was
     for index, layer in enumerate(layers):
         chosen, chosen_options = (softmax, {}) if index in kept else (spec, options)
-        attention = chosen.build(layer.shape, **chosen_options)
-        if isinstance(attention, SequenceMixer):
-            raise UsageError(f"{spec.name} is a sequence mixer")
-        attentions.append(attention.to(_device_of(layer)).train(layer.module.training))
-    for layer, attention in zip(layers, attentions, strict=True):
-        _attach(layer.module, attention)
+        module = chosen.build(layer.shape, **chosen_options)
+        built.append(module.to(_device_of(layer)).train(layer.module.training))
+    for layer, module in zip(layers, built, strict=True):
+        if isinstance(module, SequenceMixer):
+            parent, _, name = layer.name.rpartition(".")
+            setattr(model.get_submodule(parent), name, MixerSlot(module, layer.module).train(module.training))
+        else:
+            _attach(layer.module, module)
     if isinstance(model, PreTrainedModel):
         model.set_attn_implementation(INTERFACE)
+        if any(isinstance(module, SequenceMixer) for module in built):
+            _without_cache(model)
     return model
 
 
@@ -127,6 +163,8 @@ def host_layers(model: nn.Module) -> list[HostLayer]:
     Raises:
         UsageError: there are none, or one of them does what no attention here can do.
     """
+    if any(isinstance(module, MixerSlot) for module in model.modules()):
+        raise UsageError(f"{type(model).__name__} has lost its attention to a mixer: start from the model before it")
     if hosted := slots(model):
         modules = dict(model.named_modules())
         return [HostLayer(name, modules[name], slot.attention.shape) for name, slot in hosted.items()]
@@ -155,6 +193,13 @@ def _attach(module: nn.Module, attention: Attention) -> None:
     module.add_module(_SLOT, AttentionSlot(attention).train(attention.training))
     if isinstance(module, TimmAttention):
         module.__class__ = _SlottedTimmAttention
+
+
+def _without_cache(model: PreTrainedModel) -> None:
+    """Have a model whose mixers keep no keys and values see every token at each step of generation."""
+    model.config.get_text_config().use_cache = False
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.use_cache = False
 
 
 # ---- transformers ----------------------------------------------------------------------------------------------

@@ -138,8 +138,11 @@ def prepare(config: RunConfig) -> Plan:
         raise UsageError(f"{task.name} has no regime {regime}; it has {', '.join(task.regimes)}")
     if regime == "scratch" and config.recipe is not None:
         raise UsageError(f"--recipe {config.recipe} is for conversions; scratch trains everything together")
-    if regime != "scratch" and not spec.convertible:
-        raise UsageError(f"{spec.name} has no q and k to convert; use --regime scratch")
+    if regime != "scratch" and config.recipe is not None and (config.recipe == "replacement") == spec.convertible:
+        raise UsageError(
+            f"--recipe {config.recipe} doesn't fit {spec.name}, which "
+            + ("takes over q, k and v" if spec.convertible else "replaces whole blocks: it has no q and k to teach")
+        )
     direction: Direction = "causal" if task.causal else "bidirectional"
     spec.check(direction=direction, options=config.options)
     if spec.external or config.option:
@@ -424,12 +427,17 @@ class _Run:
         c = self.config
         lightning.seed_everything(c.seed, workers=True, verbose=False)
         model.train()
+        frozen = hosts.attention_parameters(model) if c.recipe and RECIPES[c.recipe].frozen else []
+        for parameter in frozen:
+            parameter.requires_grad_(False)
         stage = TrainStage(self.task, model, self.data, c, self._schedule(lr, float(c.epochs or 0)))
         title = "finetune" if self.plan.converts else "train"
-        if not c.tune:
-            return self._fit(stage, self.folder, title, seed=c.seed)
         # A folder for each trial: --resume must not go on with another one's checkpoint.
-        return self._fit(stage, self.folder / f"lr-{lr:g}", f"{title} at {lr:g}", seed=c.seed)
+        folder = self.folder / f"lr-{lr:g}" if c.tune else self.folder
+        report = self._fit(stage, folder, f"{title} at {lr:g}" if c.tune else title, seed=c.seed)
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        return report
 
     def _fit(self, stage: TrainStage, folder: Path, title: str, *, seed: int) -> StageReport:
         c = self.config
@@ -516,7 +524,7 @@ class _Run:
     def _record(self, model: nn.Module, value: float, metrics: dict[str, float], num_examples: int) -> Result:
         c, task, spec = self.config, self.task, self.plan.spec
         data = task.dataset(str(c.dataset))
-        hosted = [slot.attention for slot in hosts.slots(model).values()]
+        hosted = hosts.attentions(model)
         states = [a.state_bytes(int(c.max_len or 0)) for a in hosted]
         return Result(
             schema=result.SCHEMA,

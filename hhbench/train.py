@@ -10,7 +10,7 @@ import math
 import time
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
+from hhbench.attention import OptimizerSettings
 from hhbench.config import RunConfig
 from hhbench.distill import TransferLoss, intercepted
 from hhbench.errors import HHBenchError, UsageError
@@ -192,6 +193,28 @@ class Schedule:
         return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))
 
 
+def parameter_groups(
+    model: nn.Module, parameters: Iterable[nn.Parameter], schedule: Schedule
+) -> list[dict[str, Any]]:
+    """Groups for the optimizer. Feature maps, biases and norms don't decay; what a module says of its own parameters
+    by `optimizer_settings` (state-space models, implicit filters) is honoured.
+    """
+    maps = {id(p) for slot in slots(model).values() for p in slot.attention.parameters()}
+    own: dict[int, OptimizerSettings] = {}
+    for module in model.modules():
+        for name, settings in getattr(module, "optimizer_settings", {}).items():
+            own[id(getattr(module, name))] = settings
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if not parameter.requires_grad:
+            continue
+        decays = parameter.ndim >= 2 and id(parameter) not in maps
+        plain = OptimizerSettings(weight_decay=schedule.weight_decay if decays else 0.0)
+        settings = own.get(id(parameter), plain)
+        groups.setdefault((min(schedule.lr, settings.max_lr), settings.weight_decay), []).append(parameter)
+    return [{"params": group, "lr": lr, "weight_decay": decay} for (lr, decay), group in groups.items()]
+
+
 class _Stage(lightning.LightningModule):
     """What training and transfer share: the optimizer and its schedule."""
 
@@ -239,16 +262,7 @@ class TrainStage(_Stage):
         self.scores: dict[int, float] = {}
 
     def trained(self) -> list[dict[str, Any]]:
-        maps = {id(p) for p in attention_parameters(self.model)}
-        decayed: list[nn.Parameter] = []
-        free: list[nn.Parameter] = []
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                (free if parameter.ndim < 2 or id(parameter) in maps else decayed).append(parameter)
-        return [
-            {"params": decayed, "weight_decay": self.schedule.weight_decay},
-            {"params": free, "weight_decay": 0.0},
-        ]
+        return parameter_groups(self.model, self.model.parameters(), self.schedule)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         out = self.task.step(self.model, batch)
@@ -307,7 +321,7 @@ class TransferStage(_Stage):
         self.accumulation = 1  # forward passes per step; Lightning counts them for automatic optimization only
 
     def trained(self) -> list[dict[str, Any]]:
-        return [{"params": attention_parameters(self.model), "weight_decay": 0.0}]
+        return parameter_groups(self.model, attention_parameters(self.model), self.schedule)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()

@@ -17,7 +17,7 @@ from timm.layers import Attention as TimmAttention
 from torch import Tensor, nn
 
 from hhbench import hosts, models
-from hhbench.attention import ATTENTIONS, MixerShape
+from hhbench.attention import ATTENTIONS, MixerShape, OptimizerSettings, SequenceMixer, _spec
 from hhbench.errors import DataError, HHBenchError, UsageError
 
 VOCAB, PAD = 30, 1
@@ -824,3 +824,94 @@ def test_a_model_that_isn_t_there(tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
     with pytest.raises(UsageError, match="Did you mean 'vit_tiny_patch16_224'"):
         models.timm_model("vit_tiny_patch16_225", pretrained=False)
+
+
+# --- mixers replace whole blocks ---
+
+
+class Mean(SequenceMixer):
+    """The mean of the tokens that each may see, projected."""
+
+    def __init__(self, shape: MixerShape) -> None:
+        super().__init__(shape)
+        self.projection = nn.Linear(shape.dim, shape.dim)
+        self.optimizer_settings = {"bias": OptimizerSettings(max_lr=1e-3)}
+
+    def forward(self, x: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
+        seen = torch.ones(x.shape[:2], dtype=x.dtype, device=x.device) if key_mask is None else key_mask.to(x.dtype)
+        x = x.masked_fill(seen[..., None] == 0, 0.0)
+        if self.shape.causal:
+            return self.projection(x.cumsum(1) / seen.cumsum(1).clamp_min(1)[..., None])
+        return self.projection(x.sum(1, keepdim=True) / seen.sum(1).clamp_min(1)[:, None, None]).expand_as(x)
+
+
+MEAN = _spec(Mean, name="mean", paper="none", cost="N C")
+
+
+@every_host
+def test_a_mixer_takes_the_place_of_every_block(host):
+    model = HOSTS[host]().eval()
+    layers = hosts.host_layers(model)
+    before = {id(p) for p in model.parameters()}
+    hosts.convert(model, MEAN)
+    mixers = hosts.attentions(model)
+    assert [type(m) for m in mixers] == [Mean, Mean]
+    assert [m.shape for m in mixers] == [layer.shape for layer in layers]
+    gone = before - {id(p) for p in model.parameters()}
+    assert {id(p) for layer in layers for p in layer.module.parameters()} == gone
+    inputs = (images(host),) if host in IMAGES else ()
+    named = {} if host in IMAGES else {"input_ids": torch.randint(2, VOCAB, (2, 9))}
+    calls = []
+    mixers[0].register_forward_hook(lambda *_: calls.append(1))
+    assert logits(model, *inputs, **named).isfinite().all()
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("host", ENCODERS | DECODERS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing_for_a_mixer(host, side):
+    if side == "left" and host in ENCODERS:
+        pytest.skip("encoders number their positions from the left")
+    model = hosts.convert(spread(HOSTS[host]()).eval(), MEAN)
+    ids = torch.randint(2, VOCAB, (1, 9))
+    padding = torch.full((1, 3), PAD)
+    padded = torch.cat([padding, ids] if side == "left" else [ids, padding], 1)
+    mask = (padded != PAD).long()
+    extra = {"position_ids": hosts.position_ids(mask)} if host in DECODERS else {}
+    found = logits(model, input_ids=padded, attention_mask=mask, **extra)
+    found = found[:, 3:] if side == "left" else found[:, :9]
+    torch.testing.assert_close(found, logits(model, input_ids=ids), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("host", DECODERS)
+def test_a_mixer_generates_without_a_cache(host):
+    model = hosts.convert(spread(HOSTS[host]()).eval(), MEAN)
+    ids = torch.randint(2, VOCAB, (2, 5))
+    made = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=PAD)
+    tokens = ids
+    for _ in range(4):
+        tokens = torch.cat([tokens, logits(model, input_ids=tokens)[:, -1:].argmax(-1)], 1)
+    assert torch.equal(made, tokens)
+    with pytest.raises(UsageError, match="use_cache=False"):
+        model(input_ids=ids, use_cache=True)
+
+
+def test_some_layers_may_stay_softmax_beside_a_mixer():
+    model = hosts.convert(bert(num_hidden_layers=3).eval(), MEAN, keep_layers=[1])
+    assert [type(a).__name__ for a in hosts.attentions(model)] == ["Mean", "Softmax", "Mean"]
+    assert logits(model, input_ids=torch.randint(2, VOCAB, (2, 9))).isfinite().all()
+
+
+def test_what_a_mixer_replaced_does_not_come_back():
+    model = hosts.convert(bert(), MEAN)
+    with pytest.raises(UsageError, match="lost its attention to a mixer"):
+        hosts.convert(model, "softmax")
+
+
+@pytest.mark.parametrize("host", ["bert", "timm-vit"])
+def test_a_teacher_takes_a_mixer(host):
+    """A model that runs under hhbench's softmax already, as a run's teacher does."""
+    model = hosts.convert(HOSTS[host]().eval(), "softmax")
+    fresh = HOSTS[host]().eval()
+    assert not hosts.slots(hosts.convert(model, MEAN))
+    assert hosts.convert(fresh, MEAN).state_dict().keys() == model.state_dict().keys()

@@ -11,6 +11,7 @@ import torch
 
 import hhbench
 from hhbench import hosts, models, result
+from hhbench.attention import ATTENTIONS
 from hhbench.config import RECIPES, RunConfig
 from hhbench.errors import HHBenchError, UsageError
 from hhbench.hosts import attention_parameters
@@ -99,8 +100,12 @@ def check_complete(made: result.Result, path: Path) -> None:
     assert made.environment["versions"]["torch"]
 
 
-@pytest.mark.parametrize("settings", [RECALL, DIGITS], ids=["recall", "imagenet"])
-@pytest.mark.parametrize("attn", ["softmax", "hedgehog", "t2r", "elu"])
+both_tasks = pytest.mark.parametrize("settings", [RECALL, DIGITS], ids=["recall", "imagenet"])
+every_attention = pytest.mark.parametrize("attn", ATTENTIONS.names())
+
+
+@both_tasks
+@every_attention
 def test_scratch(out, settings, attn):
     config = RunConfig(**(settings | {"attn": attn, "regime": "scratch", "out": out}))
     made, path = execute(config)
@@ -108,13 +113,43 @@ def test_scratch(out, settings, attn):
     assert made.teacher is made.after_swap is made.after_transfer is made.fidelity is None
     assert made.attention["recipe"] is None
     assert made.cost["train_tokens"] > 0
-    assert (made.attention["params_added"] > 0) == (attn in ("hedgehog", "t2r"))
+    assert made.cost["state_bytes"] is None or settings is RECALL
+
+
+@both_tasks
+@every_attention
+def test_every_attention_enters_a_trained_model_by_its_default_recipe(out, settings, attn):
+    made, path = execute(RunConfig(**(settings | {"attn": attn, "regime": CONVERSION, "out": out})))
+    check_complete(made, path)
+    spec = ATTENTIONS.get(attn)
+    assert made.attention["recipe"] == spec.recipe
+    assert (spec.recipe == "replacement") == (not spec.convertible)
+    assert made.after_swap is not None
+    assert made.cost["seconds"]["train"] > 0
     if attn == "softmax":
-        assert made.cost["state_bytes"] is None or settings is RECALL
+        assert made.fidelity is None
+    else:
+        assert len(made.fidelity["kl_before"]) == (len(made.fidelity["teacher_entropy"]) or 0)
+        assert bool(made.fidelity["kl_before"]) == made.attention["has_weights"]
 
 
-@pytest.mark.parametrize("settings", [RECALL, DIGITS], ids=["recall", "imagenet"])
-@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_mixer_replaces_blocks_and_teaches_nothing(out):
+    with pytest.raises(UsageError, match="hedgehog doesn't fit hyena, which replaces whole blocks"):
+        prepare(recall(out, attn="hyena", regime=CONVERSION, recipe="hedgehog"))
+    with pytest.raises(UsageError, match="replacement doesn't fit hedgehog"):
+        prepare(recall(out, regime=CONVERSION, recipe="replacement"))
+
+
+def test_a_frozen_map_stays_as_it_was(out, last_model):
+    execute(recall(out, regime=CONVERSION, recipe="frozen-map"))
+    (attention,) = hosts.attentions(last_model[0])
+    for feature_map in (attention.query_map, attention.key_map):
+        assert torch.equal(feature_map.weight, torch.eye(8).expand_as(feature_map.weight))
+    assert all(p.requires_grad for p in last_model[0].parameters())
+
+
+@both_tasks
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "replacement"])
 def test_every_recipe(out, settings, recipe):
     config = RunConfig(**(settings | {"regime": CONVERSION, "recipe": recipe, "out": out}))
     made, path = execute(config)
@@ -186,7 +221,10 @@ def test_softmax_gets_the_same_second_stage(out):
 
 
 def test_task_train_tokens_are_the_regimes_not_the_recipes(out):
-    tokens = {execute(recall(out, regime=CONVERSION, recipe=recipe))[0].task["train_tokens"] for recipe in RECIPES}
+    tokens = {
+        execute(recall(out, regime=CONVERSION, recipe=recipe))[0].task["train_tokens"]
+        for recipe in ("hedgehog", "no-transfer", "untrained")
+    }
     assert len(tokens) == 1
 
 

@@ -22,10 +22,11 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, MetricCollection, SumMetric
 
 from hhbench import hosts, train
+from hhbench.attention import OptimizerSettings
 from hhbench.config import RunConfig
 from hhbench.errors import HHBenchError, UsageError
 from hhbench.task import Batch, Dataset, Example, Split, StepOutput, Task, TaskData, key_mask_of, padded
-from hhbench.train import Batches, Schedule, TrainStage, TransferStage, evaluate, fit, loader
+from hhbench.train import Batches, Schedule, TrainStage, TransferStage, evaluate, fit, loader, parameter_groups
 
 VOCAB, LONGEST = 20, 9
 
@@ -381,6 +382,23 @@ def test_biases_norms_and_maps_do_not_decay():
     (group,) = TransferStage(stand.model, SCHEDULE).trained()
     assert {id(p) for p in group["params"]} == maps
     assert group["weight_decay"] == 0
+
+
+def test_what_a_module_says_of_its_own_parameters_is_honoured():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, bias=False))
+    model[0].optimizer_settings = {
+        "weight": OptimizerSettings(max_lr=1e-3),
+        "bias": OptimizerSettings(max_lr=1.0, weight_decay=0.5),
+    }
+    schedule = dataclasses.replace(SCHEDULE, lr=1e-2, weight_decay=0.1)
+    model = copy.deepcopy(model)
+    groups = parameter_groups(model, model.parameters(), schedule)
+    found = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert found == {
+        id(model[0].weight): (1e-3, 0.0),
+        id(model[0].bias): (1e-2, 0.5),
+        id(model[1].weight): (1e-2, 0.1),
+    }
 
 
 def test_a_step_divides_by_the_number_of_examples(tmp_path):
