@@ -315,7 +315,7 @@ def _data_set_table(group: Group, members: Sequence[Result], apart: str) -> Tabl
     varied = [name for name in names if len({json.dumps(own.get(name)) for own in settings}) > 1]
     runs = [_by_seed(entry) for entry in entries]
     places = {_measured(r) for own in runs for r in own.values()}
-    lines = [_conditions(group, members)]
+    lines = [_conditions(group, members), *_replacement(members)]
     rows = []
     for entry, own, chosen in zip(entries, settings, runs, strict=True):
         text = ", ".join(f"{name}={_plain(own[name])}" for name in varied if name in own)
@@ -397,6 +397,7 @@ def _average_table(group: Group, suite: tuple[str, ...], candidates: _Candidates
         lines=(
             _conditions(group, used),
             "Each seed's mean over the data sets; the spread is over seeds.",
+            *_replacement(used),
             *notes,
         ),
         group=group,
@@ -469,12 +470,21 @@ def _title(group: Group, data_set: str | None, apart: str) -> str:
     return f"{subject} ({group.preset}, {group.regime})" + (f": {apart}" if apart else "")
 
 
-def _conditions(group: Group, results: Iterable[Result]) -> str:
+def _conditions(group: Group, results: Sequence[Result]) -> str:
     attentions = (r.identity["attention"] for r in results)
     versions = sorted({f"{a['name']} {a['version']}" for a in attentions})
     said = [text for field, text in _phrases(group).items() if field not in ("task_version", "metric")]
     text = ", ".join([*said, f"versions: {', '.join([f'{group.task} {group.task_version}', *versions])}"])
-    return f"{text[0].upper()}{text[1:]}."
+    days = sorted({r.created[:10] for r in results})
+    ran = f" Run {' to '.join(dict.fromkeys((days[0], days[-1])))}." if days else ""
+    return f"{text[0].upper()}{text[1:]}.{ran}"
+
+
+def _replacement(results: Iterable[Result]) -> list[str]:
+    """What a reader must know of mixers in a pretrained model."""
+    if not any(r.attention["recipe"] == "replacement" for r in results):
+        return []
+    return ["replacement: the whole attention block is new, projections included, and was taught nothing before."]
 
 
 def _shown(name: tuple[Any, ...]) -> str:

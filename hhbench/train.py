@@ -193,9 +193,7 @@ class Schedule:
         return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))
 
 
-def parameter_groups(
-    model: nn.Module, parameters: Iterable[nn.Parameter], schedule: Schedule
-) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, parameters: Iterable[nn.Parameter], schedule: Schedule) -> list[dict[str, Any]]:
     """Groups for the optimizer. Feature maps, biases and norms don't decay; what a module says of its own parameters
     by `optimizer_settings` (state-space models, implicit filters) is honoured.
     """

@@ -235,12 +235,20 @@ class TestColumns:
         assert "2000.0" not in render([table], "csv")
 
     def test_conditions(self):
-        table = only(data_sets([make(), make("elu", version=3)]))
+        table = only(data_sets([make(), make("elu", version=3, created="2025-02-03T00:00:00+00:00")]))
         assert table.title == "glue / movie reviews (mini, finetuned-conversion)"
         assert table.lines[0] == (
             "Host minilm, weights wwwwwwww, 1,000 training tokens, 2,000 test examples, data 1a2b3c4d, "
-            "untuned, versions: glue 1, elu 3, hedgehog 1."
+            "untuned, versions: glue 1, elu 3, hedgehog 1. Run 2025-01-01 to 2025-02-03."
         )
+
+    def test_a_mixer_is_marked(self):
+        mixer = make("hyena", 0.7, recipe="replacement", has_weights=False, kl=((), ()))
+        table = only(data_sets([make(), mixer]))
+        assert any(line.startswith("replacement: the whole attention block is new") for line in table.lines)
+        assert [row["recipe"] for row in grid(table)] == ["hedgehog", "replacement"]
+        assert grid(table)[1]["KL before → after"] == "no weights"
+        assert not any("replacement" in line for line in only(data_sets([make()])).lines)
 
     def test_random_weights_and_tuning(self):
         table = only(data_sets([make(weights=None, trials=(1e-3, 3e-3, 1e-2))]))
@@ -425,7 +433,7 @@ class TestRender:
 ### glue / movie reviews (mini, finetuned-conversion)
 
 Host minilm, weights wwwwwwww, 1,000 training tokens, 2,000 test examples, data 1a2b3c4d, untuned, \
-versions: glue 1, hedgehog 1, softmax 1.
+versions: glue 1, hedgehog 1, softmax 1. Run 2025-01-01.
 Time and memory: cpu A, 2 threads, 32-true, length 64.
 
 | attention | recipe      |  accuracy ↑ | teacher | % of teacher | KL before → after | params added | \
