@@ -11,6 +11,7 @@ A new thought registers at the lowest rung that holds it, and hhbench supplies t
     SequenceMixer     the whole block, projections included
 """
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -89,7 +90,8 @@ class FeatureMap(nn.Module):
     The simplest map overrides `forward(x)` alone and serves queries and keys alike. A map that needs positions, or
     whose keys carry a scale, overrides `map_queries` and `map_keys`.
 
-    A linear attention makes two maps of a class, one for queries and one for keys, unless it is told to tie them.
+    A linear attention has two maps of a class, one for queries and one for keys. They begin as copies, and stay one if
+    it is told to tie them.
 
     Attributes:
         feature_dim: F.
@@ -352,8 +354,10 @@ class LinearAttention(Attention):
             raise UsageError("tie_qk needs a key map per query head; share_kv_heads has one per key-value head")
         if tie_qk or self.query_map.tied:
             self.key_map = self.query_map
-        else:
-            self.key_map = make_map(shape_for_keys(shape) if self.share_kv_heads else shape)
+        elif self.share_kv_heads:
+            self.key_map = make_map(shape_for_keys(shape))
+        else:  # a random map starts alike for both: two draws would know nothing of q.k
+            self.key_map = copy.deepcopy(self.query_map)
         self.register_buffer("floored_rows", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def forward(  # type: ignore[override]  # a state goes in and comes out on request

@@ -31,7 +31,19 @@ from hhbench.errors import HHBenchError, UsageError
 B, N, D, E = 3, 7, 4, 3
 
 # Values to try for the options whose type does not say which there are. Give your option one here.
-EXAMPLES: dict[str, list[Any]] = {"feature_dim": [3]}
+EXAMPLES: dict[str, list[Any]] = {
+    "feature_dim": [3],
+    "num_features": [3],
+    "project_to": [3],
+    "redraw_interval": [0],
+    "temperature": [2.0],
+    "window": [5],
+    "d_state": [6],
+    "emb_dim": [5],
+    "filter_width": [8],
+    "frequency": [2.0],
+    "shift": [0.1],
+}
 
 
 class Case(NamedTuple):
@@ -207,7 +219,8 @@ def test_a_causal_output_has_no_gradient_from_the_future(case):
     for i in range(N):
         here = take(out, i, i + 1)
         for g in torch.autograd.grad((here * torch.randn_like(here)).sum(), inputs, retain_graph=True):
-            assert (take(g, i + 1, N) == 0).all()
+            limit = 1e-12 * g.abs().max() if case.is_mixer else 0  # an FFT rounds every token with every other
+            assert (take(g, i + 1, N).abs() <= limit).all()
             assert i == 0 or (g != 0).any()  # one key has weight 1 whatever q and k are
 
 
@@ -293,7 +306,7 @@ def test_a_query_with_no_key_gets_zero_and_finite_gradients(case):
 
 @every_case
 def test_every_parameter_gets_a_gradient(case):
-    module, inputs = case.build(), case.inputs()
+    module, inputs = case.build(), case.inputs(length=140)  # longer than a window, beyond which some parameters act
     out = module(*inputs)
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not parameters:

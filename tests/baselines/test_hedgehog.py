@@ -1,5 +1,8 @@
 """Hedgehog: the published sizes, the closed form at the identity, how near softmax it is before training."""
 
+import itertools
+import math
+
 import pytest
 import torch
 
@@ -34,6 +37,7 @@ def test_options_change_the_number_of_parameters(make_shape):
     assert count(activation="exp") == count()
     assert count(tie_qk=True) == count() // 2
     assert count(shared_heads=True) == 2 * 8 * 8
+    assert count(activation="joint-softmax") == count(negation=False) == count(init="random") == count()
     assert count(bias=True) == count() + 2 * 4 * 8
     assert count(feature_dim=3) == 2 * 4 * 8 * 3
     assert count(share_kv_heads=True) == (4 + 2) * 8 * 8
@@ -86,10 +90,12 @@ def test_each_half_is_a_softmax_of_its_own(make_shape):
     torch.testing.assert_close(features[..., 4:], (-x).softmax(-1))
 
 
-def test_the_two_activations_are_two_attentions(make_shape):
+def test_the_activations_are_three_attentions(make_shape):
     q, k = torch.randn(2, 1, 2, 6, 4)
-    one, other = (build_attention("hedgehog", make_shape(), activation=a).weights(q, k) for a in ("softmax", "exp"))
-    assert (one - other).abs().max() > 0.01
+    activations = ("softmax", "exp", "joint-softmax")
+    found = [build_attention("hedgehog", make_shape(), activation=a).weights(q, k) for a in activations]
+    for one, other in itertools.combinations(found, 2):
+        assert (one - other).abs().max() > 0.01
 
 
 def test_a_scale_before_the_map_changes_the_weights(make_shape):
@@ -99,20 +105,67 @@ def test_a_scale_before_the_map_changes_the_weights(make_shape):
     assert (module.weights(q, k) - module.weights(q / 2, k / 2)).abs().max() > 0.01
 
 
-def test_an_unknown_activation_is_refused(make_shape):
-    with pytest.raises(UsageError, match="activation is softmax or exp, not 'relu'"):
+@pytest.mark.parametrize("negation", [True, False])
+def test_the_joint_softmax_is_one_over_both_halves_at_twice_the_size(negation, make_shape):
+    """exp(+-2x) over the sum of them all: what flash-linear-attention's map gives for the same W."""
+    x, positions = torch.tensor([1.0, 0.0, -0.5]).view(1, 1, 1, 3), torch.zeros(1, 1, dtype=torch.int64)
+    feature_map = Hedgehog(make_shape(num_heads=1, head_dim=3), activation="joint-softmax", negation=negation)
+    features, log_scale = feature_map.map_keys(x, positions=positions, key_mask=None)
+    grown = [math.exp(e) for e in ([2, 0, -1, -2, 0, 1] if negation else [2, 0, -1])]
+    torch.testing.assert_close(features.flatten(), torch.tensor(grown) / sum(grown))
+    assert log_scale is None
+    assert torch.equal(feature_map.map_queries(x, positions=positions), features)
+
+
+def test_without_negation_it_is_the_first_half(make_shape):
+    x, positions = torch.randn(1, 2, 6, 4), torch.arange(6)[None]
+    for activation in ("softmax", "exp"):
+        whole, half = (Hedgehog(make_shape(), activation=activation, negation=n) for n in (True, False))
+        assert (whole.feature_dim, half.feature_dim) == (8, 4)
+        (features, log_scale), (expected, its_scale) = (
+            m.map_keys(x, positions=positions, key_mask=None) for m in (half, whole)
+        )
+        if log_scale is not None:
+            features, expected = features * log_scale.exp()[..., None], expected * its_scale.exp()[..., None]
+        torch.testing.assert_close(features, expected[..., :4])
+
+
+def test_the_exponential_map_without_negation_begins_as_the_elementwise_exponential(make_shape):
+    q, k, v = torch.randn(3, 1, 2, 6, 4)
+    found = build_attention("hedgehog", make_shape(), activation="exp", negation=False)(q, k, v)
+    assert torch.equal(found, build_attention("exp", make_shape())(q, k, v))
+
+
+@pytest.mark.parametrize("shared_heads", [False, True])
+def test_a_random_start_takes_the_fan_of_a_tensor_of_three_dimensions(shared_heads, make_shape):
+    """sqrt(6 / (128 * 64)) = 0.02706, where a matrix of one head alone would give sqrt(6 / 128) = 0.217."""
+    shape = make_shape(num_heads=8, head_dim=128)
+    module = build_attention("hedgehog", shape, feature_dim=64, init="random", shared_heads=shared_heads)
+    weight = module.query_map.weight
+    assert weight.abs().max().item() == pytest.approx(0.02706, abs=5e-5)
+    assert weight.std().item() == pytest.approx(0.02706 / 3**0.5, rel=0.02)
+    assert torch.equal(weight, module.key_map.weight)
+    assert weight is not module.key_map.weight
+
+
+def test_the_identity_draws_nothing(make_shape):
+    before = torch.get_rng_state()
+    build_attention("hedgehog", make_shape())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_random_start_orders_its_weights_because_both_maps_begin_alike(likeness):
+    """Two draws would know nothing of q.k."""
+    found = likeness("hedgehog", init="random")
+    assert found.spearman == pytest.approx(0.689, abs=0.02)
+    assert found.entropy > math.log(200) - 0.0005  # uniform all but for that
+
+
+def test_an_unknown_choice_is_refused(make_shape):
+    with pytest.raises(UsageError, match="activation is softmax, exp or joint-softmax, not 'relu'"):
         build_attention("hedgehog", make_shape(), activation="relu")
-
-
-@pytest.mark.parametrize(
-    "activation,entropy,kl,spearman", [("softmax", 5.288, 0.387, 0.873), ("exp", 5.284, 0.381, 0.747)]
-)
-def test_before_training_it_is_flat_but_ordered(activation, entropy, kl, spearman, likeness):
-    """The expected numbers are of one head, whose rank correlation scatters by 0.012."""
-    found = likeness("hedgehog", activation=activation)
-    assert found.entropy == pytest.approx(entropy, abs=0.02)
-    assert found.kl == pytest.approx(kl, abs=0.02)
-    assert found.spearman == pytest.approx(spearman, abs=0.025)
+    with pytest.raises(UsageError, match="init is identity or random, not 'zeros'"):
+        build_attention("hedgehog", make_shape(), init="zeros")
 
 
 def test_negation_makes_it_more_monotone_than_its_rivals(likeness):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hhbench.attention import ATTENTIONS, build_attention
+from hhbench.errors import UsageError
 
 T2R = ATTENTIONS.get("t2r").part
 
@@ -51,9 +52,28 @@ def test_a_query_without_features_attends_evenly_and_is_counted(make_shape):
     assert module.floored_rows == 2
 
 
-def test_before_training_it_is_flat(likeness):
-    """The expected numbers are of one head, whose rank correlation scatters by 0.012."""
-    found = likeness("t2r")
-    assert found.entropy == pytest.approx(5.244, abs=0.02)
-    assert found.kl == pytest.approx(0.352, abs=0.02)
-    assert found.spearman == pytest.approx(0.581, abs=0.025)
+def test_the_original_starts_within_the_bound_of_a_linear_layer(make_shape):
+    """W and b uniform within D ** -0.5 = 1/8: a standard deviation of 1/8 / sqrt 3."""
+    module = build_attention("t2r", make_shape(num_heads=4, head_dim=64), feature_dim=256, init="random")
+    for parameter in module.parameters():
+        assert parameter.abs().max() <= 1 / 8
+        assert parameter.std().item() == pytest.approx(1 / 8 / 3**0.5, rel=0.05)
+    assert torch.equal(module.query_map.weight, module.key_map.weight)
+    assert module.query_map.weight is not module.key_map.weight
+    assert [name for name, _ in build_attention("t2r", make_shape(), init="random", bias=False).named_parameters()] == [
+        "query_map.weight",
+        "key_map.weight",
+    ]
+
+
+def test_an_unknown_init_is_refused(make_shape):
+    with pytest.raises(UsageError, match="init is identity or random, not 'zeros'"):
+        build_attention("t2r", make_shape(), init="zeros")
+
+
+def test_it_begins_as_the_relu_attention_and_draws_nothing(make_shape):
+    before = torch.get_rng_state()
+    module = build_attention("t2r", make_shape())
+    assert torch.equal(torch.get_rng_state(), before)
+    q, k, v = torch.randn(3, 1, 2, 6, 4)
+    assert torch.equal(module(q, k, v), build_attention("relu", make_shape())(q, k, v))
