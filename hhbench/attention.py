@@ -14,13 +14,11 @@ A new thought registers at the lowest rung that holds it, and hhbench supplies t
 import copy
 import dataclasses
 import functools
-import hashlib
 import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -42,7 +40,7 @@ from hhbench.linear_attention import (
     quadratic_scores,
     recurrent,
 )
-from hhbench.registry import Registry
+from hhbench.registry import Registry, source_hash
 
 Direction = Literal["causal", "bidirectional"]
 
@@ -600,9 +598,7 @@ class AttentionSpec:
 
     def source_hash(self) -> str | None:
         """sha256 of a user's own file, which is part of a result's key; None for hhbench's own."""
-        if not self.external:
-            return None
-        return hashlib.sha256(Path(inspect.getfile(self.part)).read_bytes()).hexdigest()
+        return source_hash(self.part)
 
 
 def _adopt(cls: type, name: str) -> AttentionSpec:

@@ -27,6 +27,13 @@ def is_code_reference(name: str) -> bool:
     return name.endswith(".py") or ":" in name or "." in name or "/" in name
 
 
+def source_hash(cls: type) -> str | None:
+    """sha256 of the file that holds a user's own class; None for hhbench's own, which go by their version."""
+    if cls.__module__.startswith("hhbench."):
+        return None
+    return hashlib.sha256(Path(inspect.getfile(cls)).read_bytes()).hexdigest()
+
+
 class Registry(Generic[SpecT]):
     """The known specs of one kind.
 

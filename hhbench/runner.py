@@ -36,6 +36,7 @@ from hhbench.attention import ATTENTIONS, AttentionSpec, Direction, probe
 from hhbench.config import RECIPES, RunConfig
 from hhbench.distill import LayerFidelity, intercepted
 from hhbench.errors import HHBenchError, UsageError, in_one_line, unknown_name
+from hhbench.registry import source_hash
 from hhbench.result import Cost, Fidelity, Identity, Result, Score, Teacher, Trial, Tuning
 from hhbench.task import TASKS, Task, TaskData
 from hhbench.train import (
@@ -242,9 +243,10 @@ class _Run:
         settings = self.config.identity()
         settings["dataset"] = self.task.dataset(str(self.config.dataset)).title  # a path differs between machines
         settings["attn"] = spec.name  # and so does a user's file, which goes by its content
+        own_task = source_hash(type(task))  # a user's own file says which data they are, as much as the data do
         return Identity(
             settings=settings,
-            data=dict(self.data.hashes),
+            data=dict(self.data.hashes) | ({"task's file": own_task} if own_task else {}),
             weights=self.weights,
             attention={"name": spec.name, "version": spec.version, "source_sha256": spec.source_hash()},
             task={"name": task.name, "version": task.version},

@@ -560,6 +560,17 @@ def test_a_users_attention_runs_and_its_source_is_in_the_key(tmp_path):
     assert key(config) != made.key
 
 
+def test_a_users_task_has_its_source_in_the_key(tmp_path):
+    file = tmp_path / "mine.py"
+    source = "from hhbench.tasks.recall import Recall\n\nclass Mine(Recall):\n    name = 'mine'\n"
+    file.write_text(source)
+    config = recall(tmp_path / "runs", task=f"{file}:Mine", regime="scratch", attn="elu")
+    first = key(config)
+    assert key(config) == first
+    file.write_text(source + "# changed\n")
+    assert key(config) != first
+
+
 def test_a_users_attention_has_one_key_wherever_its_file_lies(tmp_path):
     keys = set()
     for name in "ab":
