@@ -46,11 +46,22 @@ EXAMPLES = {
     "leaderboard": """examples:
   hhbench leaderboard                      the tables of runs/
   hhbench leaderboard docs/results --format csv > results.csv""",
+    "check": """examples:
+  hhbench check hedgehog                             every check, in both directions; exits 1 if one fails
+  hhbench check my_attn.py:MyAttention               your own attention
+  hhbench check hedgehog --option activation=exp --direction causal
+  hhbench check performer --long                     also at 65,536 tokens
+  hhbench check my_attn.py:MyAttention --only padding,future-value
+  hhbench check taylor --json > taylor.json""",
     "data": """examples:
   hhbench data list
   hhbench data fetch glue                  everything that glue needs at mini; then HHBENCH_OFFLINE=1 works
   hhbench data verify""",
     "doctor": "examples:\n  hhbench doctor",
+    "new": """examples:
+  hhbench new attention my-map                      a feature map: baselines/my_map.py and its test in a checkout
+  hhbench new attention my-block --rung mixer       a whole block
+  hhbench new task my-task --folder .               my_task.py and its test in this folder""",
 }
 
 
@@ -157,11 +168,31 @@ def _parser() -> _Parser:
     sub.add_argument("folder", type=Path, nargs="?", default=Path("runs"), help="default: runs")
     sub.add_argument("--format", default="md", help="md or csv (default: md)")
 
+    sub = command("check", _check, "whether an attention is what it says it is: PASS, FAIL or SKIP for each check")
+    sub.add_argument("name", help="a name, file.py:Class or a dotted path")
+    sub.add_argument("--option", action="append", metavar="NAME=VALUE", help="of the attention (repeatable)")
+    sub.add_argument("--direction", choices=("causal", "bidirectional"), help="default: every one that it serves")
+    sub.add_argument("--only", metavar="CHECKS", help="these checks, by the names in the table's first column")
+    sub.add_argument("--long", action="store_true", help="add the long sequences")
+    sub.add_argument("--json", action="store_true", help="one JSON document in place of the table")
+
     sub = command("data", _data, "data and weights: what is needed, what is there")
     sub.add_argument("what", choices=("list", "fetch", "verify"))
     sub.add_argument("name", nargs="*", help="files, data sets or tasks; all if left out")
 
     command("doctor", _doctor, "what this machine has, and what hhbench will use")
+
+    sub = command("new", _new, "write a working attention or task with its test, to start from")
+    sub.add_argument("what", choices=("attention", "task"))
+    sub.add_argument("name", help="lower-case words joined by dashes; the file's name has underscores")
+    sub.add_argument(
+        "--rung",
+        choices=("map", "attention", "mixer"),
+        help="a feature map, what happens between q, k, v and the output, or a whole block (default: map)",
+    )
+    sub.add_argument(
+        "--folder", type=Path, help="where to write (default: the checkout of hhbench that you are in, or else here)"
+    )
     return parser
 
 
@@ -487,6 +518,65 @@ def _leaderboard(args: argparse.Namespace) -> int:
     return 0
 
 
+# ---- check -----------------------------------------------------------------------------------------------------
+
+
+def _check(args: argparse.Namespace) -> int:
+    import time
+
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from hhbench import check as checks
+    from hhbench.attention import ATTENTIONS
+
+    spec = ATTENTIONS.get(args.name)
+    parse = next(field.metadata["type"] for field in dataclasses.fields(RunConfig) if field.name == "option")
+    options = dict(pair for text in args.option or () for pair in parse(text))
+    _calm_libraries()
+    start = time.monotonic()
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(spec.name, total=None)
+        findings = checks.check(
+            spec,
+            options=options,
+            directions=[args.direction] if args.direction else None,
+            long=args.long,
+            only=args.only.split(",") if args.only else None,
+            watch=lambda done, total, title: bar.update(task, completed=done, total=total, description=escape(title)),
+        )
+    failed = sum(f.status == "FAIL" for f in findings)
+    if args.json:
+        print(checks.as_json(spec, options, findings))
+        return 1 if failed else 0
+    styles = {"PASS": "green", "FAIL": "bold red", "SKIP": "dim"}
+
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:.2g}"
+
+    _print_table(
+        ("check", "direction", "result", "measured", "bound", "what it asserts (where it came nearest to its bound)"),
+        (
+            (
+                f.check,
+                f.direction,
+                f"[{styles[f.status]}]{f.status}[/]",
+                number(f.measured),
+                number(f.bound),
+                escape(f.title + (f" ({f.note})" if f.note else "")),
+            )
+            for f in findings
+        ),
+    )
+    passed, skipped = (sum(f.status == status for f in findings) for status in ("PASS", "SKIP"))
+    print(f"\n{spec.label(options)}: {passed} passed, {failed} failed, {skipped} skipped in", end=" ")
+    print(f"{time.monotonic() - start:.0f} s")
+    return 1 if failed else 0
+
+
 # ---- data, doctor ----------------------------------------------------------------------------------------------
 
 
@@ -574,3 +664,18 @@ def _there(package: str) -> str:
     import importlib.util
 
     return "installed" if importlib.util.find_spec(package) else "not installed"
+
+
+# ---- new -------------------------------------------------------------------------------------------------------
+
+
+def _new(args: argparse.Namespace) -> int:
+    from hhbench import scaffold
+
+    written = scaffold.new(args.what, args.name, rung=args.rung, folder=args.folder)
+    for path in written.files:
+        print(f"wrote {path}")
+    print("next:")
+    for line in written.commands:
+        print(f"  {line}")
+    return 0

@@ -159,7 +159,7 @@ MISUSE = {
     "data set of lm": (["run", "--task", "lm", "--attn", "elu", "--dataset", "no.txt"], "no data set of lm"),
     "missing csv": ([*GLUE, "--dataset", "no.csv"], "no file no.csv"),
     "option": ([*GLUE, "--option", "activaton=exp"], "Did you mean 'activation'?"),
-    "option's value": ([*GLUE, "--option", "activation=tanh"], "activation is softmax or exp"),
+    "option's value": ([*GLUE, "--option", "activation=tanh"], "activation is softmax, exp or joint-softmax"),
     "option's type": ([*GLUE, "--option", "feature_dim=wide"], "hedgehog[feature_dim=wide] can't be built"),
     "option without a value": ([*GLUE, "--option", "noequals"], "--option takes name=value"),
     "preset": ([*GLUE, "--preset", "minni"], "Did you mean 'mini'?"),
