@@ -531,7 +531,10 @@ def _columns(table: Table) -> list[_Column]:
             columns.append(_Column(heading, shown, is_number))
 
     def number(value: float | None, form: str) -> str | None:
-        return None if value is None else format(value, form)
+        if value is None:
+            return None
+        text = format(value, form)
+        return text.lstrip("-") if float(text.replace(",", "")) == 0 else text  # rounding left -0.000 of a KL of 0
 
     def with_spread(row: Row) -> str:
         spread = "" if row.score_std is None else f" ± {row.score_std:.{digits}f}"

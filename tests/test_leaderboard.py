@@ -212,6 +212,10 @@ class TestColumns:
     def test_kl_without_transfer(self):
         assert only(grid(only(data_sets([make(kl=((0.4, 0.6), ()))]))))["KL before → after"] == "0.500 → not run"
 
+    def test_a_divergence_of_nothing_has_no_sign(self):
+        row = only(grid(only(data_sets([make(kl=((-1e-9, 0.0), (-2e-3, 0.0)))]))))
+        assert row["KL before → after"] == "0.000 → -0.001"
+
     def test_time_and_memory_of_one_machine(self):
         table = only(data_sets([make(state_bytes=4096), make("elu", 0.7)]))
         rows = grid(table)
