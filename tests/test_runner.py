@@ -406,7 +406,7 @@ def test_spelled_out_defaults_give_the_same_key(out, base_key):
         ({"task": "recal"}, "Did you mean 'recall'"),
         ({"dataset": "mqra"}, "Did you mean 'mqar'"),
         ({"option": (("activatoin", "exp"),)}, "Did you mean 'activation'"),
-        ({"option": (("activation", "tanh"),)}, "softmax or exp"),
+        ({"option": (("activation", "tanh"),)}, "softmax, exp or joint"),
         ({"regime": "scratch", "recipe": "t2r"}, "for conversions"),
         ({"devices": 3}, "divided over 3 devices"),
         ({"accelerator": "gpuu"}, "no accelerator named 'gpuu'"),
