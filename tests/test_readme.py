@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hhbench import leaderboard, result
+from hhbench import result
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -79,11 +79,22 @@ def test_the_python_example_runs(folder: Path) -> None:
 
 
 def test_the_tables_are_those_of_the_results() -> None:
-    found, complaints = result.find(ROOT / "docs" / "results")
-    assert found and not complaints
-    printed = leaderboard.render(leaderboard.tables(found))
-    block = README.partition("<!-- tables: hhbench leaderboard docs/results -->\n")[2]
-    assert block.partition("<!-- end of tables -->")[0].strip("\n") == printed.strip("\n")
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        from publish import END, START, pages
+    finally:
+        sys.path.pop(0)
+    for page, printed in pages().items():
+        block = page.read_text().partition(START)[2].partition(END)[0]
+        assert block.count("\n| ") > 10
+        assert block.strip("\n") == printed.strip("\n"), (
+            f"run scripts/publish.py: {page.name} is not what the results say"
+        )
+
+
+def test_the_published_tables_are_the_command_s(folder: Path) -> None:
+    printed = run([sys.executable, "-m", "hhbench", "leaderboard", "docs/results"], folder)
+    assert printed.strip("\n") in (ROOT / "docs" / "mini.md").read_text()
 
 
 def test_results_fit_the_code_that_is_committed() -> None:
