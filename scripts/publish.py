@@ -89,8 +89,8 @@ def plot() -> None:
     figure.text(
         0.5,
         0.01,
-        "dots: seeds; bar: their mean; dashed: the softmax teacher that was converted; in brackets: a recipe that isn't "
-        "the attention's default",
+        "dots: seeds; bar: their mean; dashed: the softmax teacher that was converted; in brackets: a recipe that "
+        "isn't the attention's default",
         ha="center",
         fontsize=8,
     )
