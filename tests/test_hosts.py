@@ -915,3 +915,12 @@ def test_a_teacher_takes_a_mixer(host):
     fresh = HOSTS[host]().eval()
     assert not hosts.slots(hosts.convert(model, MEAN))
     assert hosts.convert(fresh, MEAN).state_dict().keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("attn", ATTENTIONS.names())
+def test_a_saved_model_comes_back_with_any_attention(attn, tmp_path):
+    model = hosts.convert(models.gpt2("gpt2-2x32x2", vocab=VOCAB, max_len=16, dropout=0.0), attn).eval()
+    ids = torch.randint(2, VOCAB, (2, 12))
+    expected = logits(model, input_ids=ids)
+    models.save(model, tmp_path, attn=attn, options={})
+    assert torch.equal(logits(models.load(tmp_path), input_ids=ids), expected)

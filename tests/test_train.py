@@ -401,6 +401,23 @@ def test_what_a_module_says_of_its_own_parameters_is_honoured():
     }
 
 
+def test_the_optimizer_gives_a_state_space_model_its_own_rate(tmp_path):
+    """Of the run's 1e-2, H3's dt, A and B learn at 1e-3 and don't decay; its projections are weights like others."""
+    stand = Stand(attn="h3")
+    stage = stand.stage()
+    rates = {id(p): (g["lr"], g["weight_decay"]) for g in stage.trained() for p in g["params"]}
+    found = {name: rates[id(p)] for name, p in stand.model.named_parameters() if ".mixer." in name}
+    own = {name for name, rate in found.items() if rate == (1e-3, 0.0)}
+    assert {name.rpartition(".")[2] for name in own} == {"log_dt", "log_A_real", "A_imag", "B"}
+    assert {found[name] for name in found if name.endswith("_proj.weight")} == {(1e-2, 0.1)}
+    before = {name: p.detach().clone() for name, p in stand.model.named_parameters() if ".mixer." in name}
+    report = stand.fit(tmp_path, stage, validate=False)
+    moved = {name: (p - before[name]).abs().max() for name, p in stand.model.named_parameters() if name in before}
+    # The first of Adam's steps is as long as its rate, and no later one is much longer.
+    assert all(0 < moved[name] < 1.5e-3 * report.steps for name in own)
+    assert max(moved[name] for name in found if name.endswith("_proj.weight")) > max(moved[name] for name in own)
+
+
 def test_a_step_divides_by_the_number_of_examples(tmp_path):
     """The first gradient is that of the mean loss of the first batch, before it is clipped."""
     stand = Stand()
