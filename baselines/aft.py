@@ -14,6 +14,7 @@ from hhbench.attention import (
     check_inputs,
     register_attention,
     repeat_heads,
+    sum_dtype,
     token_positions,
     visible_keys,
     zero_padding,
@@ -194,7 +195,7 @@ class AFT(Attention):
 
     def _prepared(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """sigmoid(q), keys with padded ones at -inf, and values, in the dtype of the sums."""
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        dtype = sum_dtype(q)
         q, k, v = (zero_padding(x.to(dtype), key_mask) for x in (q, k, v))
         return q.sigmoid(), k if key_mask is None else k.masked_fill(~key_mask[:, None, :, None], -torch.inf), v
 

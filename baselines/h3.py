@@ -8,8 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv1d, pad
 
-from hhbench.attention import MixerShape, OptimizerSettings, SequenceMixer, check_hidden_states, register_attention
-from hhbench.convolution import Packing, convolve, convolve_directly, sum_dtype
+from hhbench.attention import (
+    MixerShape,
+    OptimizerSettings,
+    SequenceMixer,
+    check_hidden_states,
+    refuse_state_unless_causal,
+    register_attention,
+    sum_dtype,
+)
+from hhbench.convolution import Packing, convolve, convolve_directly
 from hhbench.errors import UsageError
 from hhbench.state import DecodingState
 
@@ -171,8 +179,8 @@ class H3(SequenceMixer):
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, H3State]:
         """[B, N, C] -> [B, N, C], and the state after the last token if asked for; see `Attention.has_state`."""
-        if (state is not None or return_state) and not self.shape.causal:
-            raise UsageError("a bidirectional h3 has no state: later tokens change earlier outputs")
+        if state is not None or return_state:
+            refuse_state_unless_causal(self.shape, "h3")
         out, advance = self._mix(x, key_mask, convolve, state)
         return (out, advance()) if return_state else out
 

@@ -8,11 +8,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from hhbench.attention import Attention, MixerShape, check_inputs, register_attention, repeat_heads, zero_padding
+from hhbench.attention import (
+    Attention,
+    MixerShape,
+    check_inputs,
+    refuse_state_unless_causal,
+    register_attention,
+    repeat_heads,
+    sum_dtype,
+    zero_padding,
+)
 from hhbench.baselines.hedgehog import Hedgehog
 from hhbench.errors import UsageError, unknown_name
 from hhbench.linear_attention import FLOOR, FORMS, divide
-from hhbench.window import Blocks, WindowState, check_window, distances, far, last_attended, near
+from hhbench.window import Blocks, WindowState, after_ring, check_window, distances, far, last_attended, near
 
 GATE = 0.1  # g to begin with: LoLCATs' released configurations start its logit at -2.1972
 DENSE = 2.5  # with at most so many slabs' keys, all pairs at once are faster
@@ -83,11 +92,10 @@ class HedgehogWindow(Attention):
         check_inputs(self.shape, q, k, v, key_mask)
         if form not in FORMS:
             raise unknown_name("form", form, FORMS)
-        if not self.shape.causal:
-            if state is not None or return_state:
-                raise UsageError("a bidirectional attention has no state: later tokens change earlier outputs")
-            if form == "recurrent":
-                raise UsageError("a bidirectional attention has no recurrent form")
+        if state is not None or return_state:
+            refuse_state_unless_causal(self.shape)
+        if form == "recurrent" and not self.shape.causal:
+            raise UsageError("a bidirectional attention has no recurrent form")
         dtype = q.dtype
         with torch.autocast(q.device.type, enabled=False):
             q, k, v = _prepared(key_mask, q, k, v)
@@ -204,12 +212,7 @@ class HedgehogWindow(Attention):
 
     def _after(self, state: HybridState | None, k: Tensor, v: Tensor, key_mask: Tensor | None) -> HybridState:
         """The state after these keys: those that no longer fit the ring go to the sums."""
-        num_attended = k.new_full((k.shape[0],), k.shape[2], dtype=torch.int64)
-        if key_mask is not None:
-            num_attended = key_mask.sum(-1)
-        if state is not None:
-            num_attended = num_attended + state.num_attended
-            k, v, key_mask = state.before(k, v, key_mask)
+        k, v, key_mask, num_attended = after_ring(state, k, v, key_mask)
         w, H = self.window, self.shape.num_heads
         old = slice(0, max(k.shape[2] - w, 0))  # the last w are in the ring whatever is padded
         fk = self._features(self.key_map, repeat_heads(k[:, :, old], H))
@@ -237,7 +240,7 @@ class HedgehogWindow(Attention):
 
 def _prepared(key_mask: Tensor | None, *tensors: Tensor) -> list[Tensor]:
     """In float32 for 32 bits or fewer and float64 for float64, with zeros at padded tokens."""
-    dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+    dtype = sum_dtype(tensors[0])
     return [zero_padding(x.to(dtype), key_mask) for x in tensors]
 
 

@@ -7,8 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv1d, linear
 
-from hhbench.attention import MixerShape, OptimizerSettings, SequenceMixer, check_hidden_states, register_attention
-from hhbench.convolution import Packing, convolve, convolve_directly, sum_dtype
+from hhbench.attention import (
+    MixerShape,
+    OptimizerSettings,
+    SequenceMixer,
+    check_hidden_states,
+    register_attention,
+    sum_dtype,
+)
+from hhbench.convolution import Packing, convolve, convolve_directly
 from hhbench.errors import UsageError
 
 INNER_LAYERS = 2

@@ -10,6 +10,7 @@ from hhbench.attention import (
     Attention,
     MixerShape,
     check_inputs,
+    masked_softmax,
     register_attention,
     repeat_heads,
     visible_keys,
@@ -77,10 +78,7 @@ class Softmax(Attention):
             num_keys=k.shape[2],
             device=q.device,
         )
-        if visible is None:
-            return scores.softmax(-1)
-        blind = ~visible.any(-1, keepdim=True)
-        return scores.masked_fill(~(visible | blind), -torch.inf).softmax(-1).masked_fill(blind, 0.0)
+        return masked_softmax(scores, visible)
 
     def state_bytes(self, num_tokens: int, *, batch_size: int = 1) -> int | None:
         """The key-value cache in float32: it grows with every token."""

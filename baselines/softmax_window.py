@@ -4,9 +4,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from hhbench.attention import Attention, MixerShape, check_inputs, register_attention, repeat_heads, zero_padding
-from hhbench.errors import UsageError
-from hhbench.window import Blocks, WindowState, check_window, distances, last_attended, near
+from hhbench.attention import (
+    Attention,
+    MixerShape,
+    check_inputs,
+    masked_softmax,
+    refuse_state_unless_causal,
+    register_attention,
+    repeat_heads,
+    zero_padding,
+)
+from hhbench.window import Blocks, WindowState, after_ring, check_window, distances, last_attended, near
 
 DENSE = 2  # with at most so many slabs' keys, all pairs at once are faster
 
@@ -44,15 +52,10 @@ class SoftmaxWindow(Attention):
     ) -> Tensor | tuple[Tensor, WindowState]:
         """See `Attention.forward`, and `Attention.has_state` for the state."""
         check_inputs(self.shape, q, k, v, key_mask)
-        if (state is not None or return_state) and not self.shape.causal:
-            raise UsageError("a bidirectional attention has no state: later tokens change earlier outputs")
-        num_attended = k.new_full((k.shape[0],), k.shape[2], dtype=torch.int64)
-        if key_mask is not None:
-            num_attended = key_mask.sum(-1)
+        if state is not None or return_state:
+            refuse_state_unless_causal(self.shape)
         q, k, v = (zero_padding(x, key_mask) for x in (q, k, v))
-        if state is not None:
-            num_attended = num_attended + state.num_attended
-            k, v, key_mask = state.before(k, v, key_mask)
+        k, v, key_mask, num_attended = after_ring(state, k, v, key_mask)
         out = self._attend_near(q, k, v, key_mask)
         if not return_state:
             return out
@@ -65,9 +68,7 @@ class SoftmaxWindow(Attention):
         check_inputs(self.shape, q, k, None, key_mask)
         q, k = zero_padding(q, key_mask), zero_padding(k, key_mask)
         visible = self._visible(key_mask, q.shape[2], k.shape[2], q.device)
-        blind = ~visible.any(-1, keepdim=True)
-        scores = q @ repeat_heads(k, self.shape.num_heads).mT * self.shape.scale
-        return scores.masked_fill(~(visible | blind), -torch.inf).softmax(-1).masked_fill(blind, 0.0)
+        return masked_softmax(q @ repeat_heads(k, self.shape.num_heads).mT * self.shape.scale, visible)
 
     def state_bytes(self, num_tokens: int, *, batch_size: int = 1) -> int | None:
         """Constant in the number of tokens: the keys and values of w tokens in float32, and one counter a sequence."""

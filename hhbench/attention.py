@@ -303,6 +303,26 @@ def visible_keys(
     return visible
 
 
+def sum_dtype(x: Tensor) -> torch.dtype:
+    """What sums over x run in, under autocast too: float32 for inputs of 32 bits or fewer, float64 for float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def masked_softmax(scores: Tensor, visible: Tensor | None) -> Tensor:
+    """Softmax over the keys that `visible_keys` lets a query see; zeros where it may see none."""
+    if visible is None:
+        return scores.softmax(-1)
+    # A query with no key would be 0/0: let it see all of them, then zero its weights.
+    blind = ~visible.any(-1, keepdim=True)
+    return scores.masked_fill(~(visible | blind), -torch.inf).softmax(-1).masked_fill(blind, 0.0)
+
+
+def refuse_state_unless_causal(shape: MixerShape, what: str = "attention") -> None:
+    """Refuse a state to what isn't causal: the check before `state` or `return_state` is honoured."""
+    if not shape.causal:
+        raise UsageError(f"a bidirectional {what} has no state: later tokens change earlier outputs")
+
+
 def zero_padding(x: Tensor, key_mask: Tensor | None) -> Tensor:
     """x [B, H, N, D], the last N of the mask's tokens, with zeros at padded ones.
 
@@ -381,8 +401,8 @@ class LinearAttention(Attention):
         check_inputs(self.shape, q, k, v, key_mask)
         if form not in FORMS:
             raise unknown_name("form", form, FORMS)
-        if (state is not None or return_state) and not self.shape.causal:
-            raise UsageError("a bidirectional attention has no state: later tokens change earlier outputs")
+        if state is not None or return_state:
+            refuse_state_unless_causal(self.shape)
         with torch.autocast(q.device.type, enabled=False):
             queries, keys, attended = self._mapped(q, k, v, key_mask, positions, state)
             sums = self._sums(state)
@@ -450,7 +470,7 @@ class LinearAttention(Attention):
                 positions = positions + state.num_attended[:, None]
         if state is not None:
             attended = attended + state.num_attended
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        dtype = sum_dtype(q)
         q, k, v = (zero_padding(x.to(dtype), key_mask) for x in (q, k, v))
         if not self.share_kv_heads:
             k, v = repeat_heads(k, self.shape.num_heads), repeat_heads(v, self.shape.num_heads)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from hhbench.config import PRESETS, RECIPES, RunConfig
+from hhbench.config import PRESETS, RECIPES, RunConfig, options_of
 from hhbench.errors import HHBenchError, UsageError, unknown_name
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ def _configs(args: argparse.Namespace) -> list[RunConfig]:
             continue
         try:
             if name == "option":
-                values[name] = dict(pair for text in given for pair in field.metadata["type"](text))
+                values[name] = options_of(given)
             else:
                 values[name] = field.metadata["type"](given)
         except ValueError as error:
@@ -532,8 +532,7 @@ def _check(args: argparse.Namespace) -> int:
     from hhbench.attention import ATTENTIONS
 
     spec = ATTENTIONS.get(args.name)
-    parse = next(field.metadata["type"] for field in dataclasses.fields(RunConfig) if field.name == "option")
-    options = dict(pair for text in args.option or () for pair in parse(text))
+    options = options_of(args.option or ())
     _calm_libraries()
     start = time.monotonic()
     console = Console(stderr=True)

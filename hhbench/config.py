@@ -108,6 +108,11 @@ def option_value(text: str) -> Any:
     return text
 
 
+def options_of(texts: Sequence[str]) -> dict[str, Any]:
+    """The options of repeated `--option name=value`."""
+    return dict(pair for text in texts for pair in _options(text))
+
+
 def _options(text: str) -> tuple[tuple[str, Any], ...]:
     pairs = [pair.partition("=") for pair in text.split(",")]
     if any(not (name and equals) for name, equals, _ in pairs):

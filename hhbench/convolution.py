@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-
-def sum_dtype(x: Tensor) -> torch.dtype:
-    """What sums over x run in: float32 for inputs of 32 bits or fewer, float64 for float64."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+from hhbench.attention import sum_dtype
 
 
 def fast_size(length: int) -> int:

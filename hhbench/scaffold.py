@@ -194,8 +194,10 @@ from hhbench.attention import (
     Attention,
     MixerShape,
     check_inputs,
+    masked_softmax,
     register_attention,
     repeat_heads,
+    sum_dtype,
     visible_keys,
     zero_padding,
 )
@@ -242,7 +244,7 @@ class $cls(Attention):
         self, q: Tensor, k: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor:
         check_inputs(self.shape, q, k, None, key_mask)
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32  # of all sums, under autocast too
+        dtype = sum_dtype(q)  # of all sums, under autocast too
         q, k = (zero_padding(x.to(dtype), key_mask) for x in (q, k))  # nothing that lies there may spread
         with torch.autocast(q.device.type, enabled=False):
             scores = q @ repeat_heads(k, self.shape.num_heads).mT * self.shape.scale
@@ -250,11 +252,7 @@ class $cls(Attention):
         visible = visible_keys(
             key_mask, causal=self.shape.causal, num_queries=q.shape[2], num_keys=k.shape[2], device=q.device
         )
-        if visible is None:
-            return scores.softmax(-1)
-        # A query with no key to attend to would be 0/0: let it see all of them, then zero its weights.
-        blind = ~visible.any(-1, keepdim=True)
-        return scores.masked_fill(~(visible | blind), -torch.inf).softmax(-1).masked_fill(blind, 0.0)
+        return masked_softmax(scores, visible)  # zeros for a query with no key to attend to
 '''
 
 ATTENTION_TEST = '''"""$name: what pins it down."""
@@ -295,7 +293,14 @@ MIXER = '''"""$name: a gated mean of the tokens."""
 import torch
 from torch import Tensor, nn
 
-from hhbench.attention import MixerShape, SequenceMixer, check_hidden_states, register_attention, visible_keys
+from hhbench.attention import (
+    MixerShape,
+    SequenceMixer,
+    check_hidden_states,
+    register_attention,
+    sum_dtype,
+    visible_keys,
+)
 
 
 # paper: authors, year, equation. cost: of a layer beside its projections, by N tokens and model width C. Also:
@@ -343,7 +348,7 @@ class $cls(SequenceMixer):
         check_hidden_states(self.shape, x, key_mask)
         if key_mask is not None:
             x = x.masked_fill(~key_mask[..., None], 0.0)
-        return x, self.value(x).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        return x, self.value(x).to(sum_dtype(x))
 
     def _gated(self, x: Tensor, mean: Tensor) -> Tensor:
         out: Tensor = self.out(self.gate(x).sigmoid() * mean.to(x.dtype))

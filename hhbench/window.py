@@ -158,6 +158,16 @@ class WindowState(DecodingState):
         return torch.cat([keys, k], 2), torch.cat([values, v], 2), torch.cat([self.filled, key_mask], 1)
 
 
+def after_ring(
+    state: WindowState | None, k: Tensor, v: Tensor, key_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """A state's ring and then these keys, values and mask, and how many tokens were attended to so far, int64 [B]."""
+    num_attended = k.new_full((k.shape[0],), k.shape[2], dtype=torch.int64) if key_mask is None else key_mask.sum(-1)
+    if state is None:
+        return k, v, key_mask, num_attended
+    return *state.before(k, v, key_mask), num_attended + state.num_attended
+
+
 def _filled(num_attended: Tensor, window: int) -> Tensor:
     return torch.arange(window, device=num_attended.device) >= window - num_attended[:, None]
 

@@ -141,28 +141,6 @@ def test_the_convolution_is_the_recurrence(make):
         torch.testing.assert_close(module(x), expected, **SMALL)
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("padded", [False, True])
-def test_both_forms_agree_and_so_do_their_gradients(make, causal, padded):
-    module, x = make(causal=causal), torch.randn(2, 50, 8, dtype=torch.float64, requires_grad=True)
-    key_mask = torch.rand(2, 50) < 0.7 if padded else None
-    found, expected = module(x, key_mask=key_mask), module.quadratic(x, key_mask=key_mask)
-    torch.testing.assert_close(found, expected, **SMALL)
-    weight, inputs = torch.randn_like(x), [x, *module.parameters()]
-    grads = [torch.autograd.grad((out * weight).sum(), inputs) for out in (found, expected)]
-    torch.testing.assert_close(*grads, atol=1e-9, rtol=1e-9)
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_padding_in_the_middle_changes_nothing(make, causal):
-    module, x = make(causal=causal), torch.randn(1, 20, 8, dtype=torch.float64)
-    key_mask = (torch.arange(20) % 3 > 0)[None]
-    x[~key_mask] = torch.nan
-    out = module(x, key_mask=key_mask)
-    torch.testing.assert_close(out[:, key_mask[0]], module(x[:, key_mask[0]]), **SMALL)
-    assert (out[~key_mask] == 0).all()
-
-
 def test_lag_0_counts_once(make):
     """Without kernels for the past beyond lag 0 and none for the future, a token is alone."""
     module, x = make(causal=False), torch.randn(1, 12, 8, dtype=torch.float64)
