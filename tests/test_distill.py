@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hhbench import distill, hosts
 from hhbench.attention import Attention, MixerShape, build_attention
 from hhbench.distill import LayerFidelity, TransferLoss, intercepted
-from hhbench.hosts import AttentionSlot
+from hhbench.hosts import AttentionSlot, Placement
 from hhbench.train import encode
 
 VOCAB, LENGTH = 30, 12
@@ -223,7 +223,7 @@ class Gate(Attention):
 
 
 def make_slot(attention: Attention) -> AttentionSlot:
-    return AttentionSlot(attention)
+    return AttentionSlot(attention, Placement("layer", type(attention).__name__, {}, attention.shape))
 
 
 def random_qkv(shape: MixerShape, batch: int = 2, length: int = 6) -> list[Tensor]:

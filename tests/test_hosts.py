@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from hhbench import hosts, models
 from hhbench.attention import ATTENTIONS, MixerShape, OptimizerSettings, SequenceMixer, _spec
 from hhbench.errors import DataError, HHBenchError, UsageError
+from hhbench.hosts import interface
 
 VOCAB, PAD = 30, 1
 TEXT = {
@@ -279,7 +280,7 @@ def test_a_refused_model_is_left_as_it_was(host):
     implementation, names = model.config._attn_implementation, dict(model.named_modules()).keys()
     with pytest.raises(UsageError):
         hosts.convert(model, "softmax")
-    assert model.config._attn_implementation == implementation != hosts._PROBE
+    assert model.config._attn_implementation == implementation != interface._PROBE
     assert dict(model.named_modules()).keys() == names
     assert model.training
     model(input_ids=torch.randint(2, VOCAB, (1, 5)))
@@ -534,8 +535,8 @@ def test_an_unknown_keyword_is_refused_unless_it_is_none():
     q, kv = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
     for keyword in ("softcap", "s_aux", "head_mask", "anything"):
         with pytest.raises(UsageError, match=keyword):
-            hosts._attend(layer, q, kv, kv, None, **{keyword: 1.0})
-        assert hosts._attend(layer, q, kv, kv, None, **{keyword: None})[0].shape == (1, 5, 4, 8)
+            interface._attend(layer, q, kv, kv, None, **{keyword: 1.0})
+        assert interface._attend(layer, q, kv, kv, None, **{keyword: None})[0].shape == (1, 5, 4, 8)
 
 
 @pytest.mark.parametrize("host", ENCODERS | DECODERS)
@@ -552,9 +553,9 @@ def test_a_layer_called_otherwise_than_when_converted_is_refused():
     layer = hosts.host_layers(model)[0].module
     q, kv = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
     with pytest.raises(HHBenchError, match="is_causal=False"):
-        hosts._attend(layer, q, kv, kv, None, is_causal=False)
+        interface._attend(layer, q, kv, kv, None, is_causal=False)
     with pytest.raises(HHBenchError, match="scales by 1"):
-        hosts._attend(layer, q, kv, kv, None, scaling=1.0)
+        interface._attend(layer, q, kv, kv, None, scaling=1.0)
     bare = llama()
     bare.set_attn_implementation(hosts.INTERFACE)
     with pytest.raises(HHBenchError, match=r"use hhbench\.convert"):
@@ -689,7 +690,7 @@ def test_a_fresh_process_loads_the_same_model(tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        cwd=Path(hosts.__file__).parent.parent,
+        cwd=Path(hosts.__file__).parents[2],
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "equal"

@@ -1,0 +1,46 @@
+"""Models of transformers and timm, and how to give them another attention.
+
+hhbench writes no Transformer. A host keeps its projections, rotary embeddings, norms and heads; only what happens
+between q, k, v and the output changes. Every hosted layer gets an `AttentionSlot` as a child module, which holds the
+attention:
+
+- transformers calls whatever function is registered under the name in `config._attn_implementation`. Ours finds the
+  slot on the calling module. A layer belongs to us when it makes that call, and a dry run tells which do: no list of
+  architectures is kept.
+- timm's `Attention` becomes a subclass of itself, which keeps `qkv` and `proj` and so loads the same weights.
+
+A sequence mixer (H3, Hyena) has projections of its own: a `MixerSlot` stands where the host's attention module was.
+
+What can't be hosted is refused by name, with the reason, before anything trains.
+"""
+
+from hhbench.hosts.conversion import attach, convert, host_layers
+from hhbench.hosts.interface import INTERFACE, position_ids
+from hhbench.hosts.slots import (
+    AttentionSlot,
+    HostLayer,
+    Interceptor,
+    MixerSlot,
+    Placement,
+    attention_parameters,
+    attentions,
+    placements,
+    slots,
+)
+
+__all__ = [
+    "INTERFACE",
+    "AttentionSlot",
+    "HostLayer",
+    "Interceptor",
+    "MixerSlot",
+    "Placement",
+    "attach",
+    "attention_parameters",
+    "attentions",
+    "convert",
+    "host_layers",
+    "placements",
+    "position_ids",
+    "slots",
+]
