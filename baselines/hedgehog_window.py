@@ -49,8 +49,8 @@ class HedgehogWindow(Attention):
     cancel, for the second line lacks it: it is part of the function and of its gradient. phi is Hedgehog's softmax map,
     its features at or above FLOOR. g = sigmoid(gate_logit), one for each head, begins at 0.1.
 
-    i and j count attended tokens, whatever `positions` are. Bidirectional, which LoLCATs has not, the far keys are
-    those before the window and those after it. No weights are dropped out.
+    i and j count attended tokens, whatever `positions` are (but see `weights`). Bidirectional, which LoLCATs has not,
+    the far keys are those before the window and those after it. No weights are dropped out.
 
     LoLCATs' linear_window_attention_sw has the same causal window (w tokens, the query's own among them) and the same
     gradient through c_i. Where it differs:
@@ -68,6 +68,7 @@ class HedgehogWindow(Attention):
     """
 
     has_state = True
+    ordered_by_positions = True
 
     def __init__(self, shape: MixerShape, *, window: int = 64, feature_dim: int | None = None) -> None:
         super().__init__(shape)
@@ -114,13 +115,13 @@ class HedgehogWindow(Attention):
     def weights(
         self, q: Tensor, k: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor:
+        """See `Attention.weights`. Bidirectional, `positions` say where tokens stand that come in another order."""
         check_inputs(self.shape, q, k, None, key_mask)
         with torch.autocast(q.device.type, enabled=False):
             q, k = _prepared(key_mask, q, k)
             k = repeat_heads(k, self.shape.num_heads)
-            scores = self._all_scores(
-                q, self._features(self.query_map, q), k, self._features(self.key_map, k), key_mask
-            )
+            fq, fk = self._features(self.query_map, q), self._features(self.key_map, k)
+            scores = self._all_scores(q, fq, k, fk, key_mask, None if self.shape.causal else positions)
             return divide(scores, scores.sum(-1))
 
     def state_bytes(self, num_tokens: int, *, batch_size: int = 1) -> int | None:
@@ -157,9 +158,22 @@ class HedgehogWindow(Attention):
         # All tokens may be near. The far part is computed even so: a parameter without a gradient stops DDP.
         return self._near_scores(q, k, visible[0]) + (fq @ fk.mT).masked_fill(~visible[1], 0.0)
 
-    def _all_scores(self, q: Tensor, fq: Tensor, k: Tensor, fk: Tensor, key_mask: Tensor | None) -> Tensor:
+    def _all_scores(
+        self,
+        q: Tensor,
+        fq: Tensor,
+        k: Tensor,
+        fk: Tensor,
+        key_mask: Tensor | None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         distance, attended = distances(
-            key_mask, causal=self.shape.causal, num_queries=q.shape[2], num_keys=k.shape[2], device=q.device
+            key_mask,
+            causal=self.shape.causal,
+            num_queries=q.shape[2],
+            num_keys=k.shape[2],
+            device=q.device,
+            positions=positions,
         )
         return self._scores(q, fq, k, fk, distance[:, None], None if attended is None else attended[:, None])
 

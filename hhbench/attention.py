@@ -151,10 +151,13 @@ class Attention(nn.Module, ABC):
         has_state: whether a causal one decodes from a state of constant size: `forward` then also takes
             `state: DecodingState | None = None` and `return_state: bool = False`, and returns (output, state) if asked
             to. q, k, v, key_mask and positions are those of the new tokens only; the state stands for all earlier ones.
+        ordered_by_positions: bidirectional, `weights` knows the order of tokens by `positions` alone, so that they may
+            come in any order. Attention transfer then takes a few queries of a sequence at a time, in less memory.
     """
 
     has_weights: ClassVar[bool] = True
     has_state: bool = False
+    ordered_by_positions: ClassVar[bool] = False
 
     def __init__(self, shape: MixerShape) -> None:
         super().__init__()
@@ -355,6 +358,7 @@ class LinearAttention(Attention):
     """
 
     has_state = True
+    ordered_by_positions = True
     floored_rows: Tensor
 
     def __init__(

@@ -37,6 +37,14 @@ EXAMPLES = {
   hhbench run --config run.yaml --seed 2                             settings from a file; flags override it
   hhbench run --config runs/.../result.json --out again              a result, run again
   hhbench run --task imagenet --attn softmax --dry-run               only say what would be done""",
+    "convert": """examples:
+  hhbench convert smollm2 --attn hedgehog                        a packaged model; SmolLM2 on Wikipedia
+  hhbench convert smollm2 --attn hedgehog --window 64 --lora r=8,alpha=16,targets=qkvo
+  hhbench convert minilm --attn hedgehog --data snli             a task's data: finetuned on its labels too
+  hhbench convert dinov2 --attn hedgehog --recipe transfer-only  attention transfer and nothing after it
+  hhbench convert ./my-llama --attn hedgehog --data text.txt --queries 256 --keep-layers auto:2
+  hhbench convert ./my-bert --attn t2r --recipe t2r-hh --layers 0-1=softmax --to my-linear-bert
+  hhbench convert bert-base-uncased --attn hedgehog --dry-run    only say what would be done""",
     "list": "examples:\n  hhbench list attentions\n  hhbench list datasets",
     "show": """examples:
   hhbench show hedgehog                    an attention: paper, cost, options
@@ -45,7 +53,7 @@ EXAMPLES = {
   hhbench show 1a2b3c4d 5e6f7a8b           what differs between two results' keys""",
     "leaderboard": """examples:
   hhbench leaderboard                      the tables of runs/
-  hhbench leaderboard docs/results --format csv > results.csv""",
+  hhbench leaderboard docs/results/mini --format csv > results.csv""",
     "check": """examples:
   hhbench check hedgehog                             every check, in both directions; exits 1 if one fails
   hhbench check my_attn.py:MyAttention               your own attention
@@ -53,6 +61,16 @@ EXAMPLES = {
   hhbench check performer --long                     also at 65,536 tokens
   hhbench check my_attn.py:MyAttention --only padding,future-value
   hhbench check taylor --json > taylor.json""",
+    "fidelity": """examples:
+  hhbench fidelity converted/smollm2-hedgehog                  KL, entropy, order, overlap and cosine of each layer
+  hhbench fidelity converted/smollm2-hedgehog --data text.txt --heads
+  hhbench fidelity runs/glue/snli/hedgehog-.../model --plots plots --json > fidelity.json
+  hhbench fidelity converted/smollm2-hedgehog --lengths 1,2,4,8 --examples 32""",
+    "generate": """examples:
+  hhbench generate converted/smollm2-hedgehog --prompt "The hedgehog is"      greedy; decodes from a constant state
+  hhbench generate converted/smollm2-hedgehog --prompt "Once" --temperature 0.8 --top-p 0.95 --seed 1
+  hhbench generate converted/smollm2-hedgehog --prompt - --max-new-tokens 500 < prompt.txt
+  hhbench generate runs/lm/wikipedia/hedgehog-.../model --prompt "In 1905" --num-beams 4""",
     "data": """examples:
   hhbench data list
   hhbench data fetch glue                  everything that glue needs at mini; then HHBENCH_OFFLINE=1 works
@@ -99,8 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except KeyboardInterrupt:
         resume = (
-            " The last checkpoint is kept: run the same command with --resume to go on."
-            if args.command == "run"
+            f" The last checkpoint is kept: run the same command{' with --resume' * (args.command == 'run')} to go on."
+            if args.command in ("run", "convert")
             else ""
         )
         print(f"\nhhbench: interrupted.{resume}", file=sys.stderr)
@@ -147,12 +165,16 @@ def _parser() -> _Parser:
         return sub
 
     sub = command("run", _run, "train or convert, test, and print the table row")
-    groups: dict[str, Any] = {}
-    for field in dataclasses.fields(RunConfig):
-        _add_setting(groups.setdefault(field.metadata["group"], sub.add_argument_group(field.metadata["group"])), field)
+    _add_settings(sub)
+    sub.add_argument("--dry-run", action="store_true", help="say what would be done and stop")
+
+    sub = command("convert", _convert, "give a pretrained model another attention, and keep it in a folder")
+    sub.add_argument("model", help="a name of the hub, of timm or of `hhbench list models`, or a folder")
+    sub.add_argument("--data", metavar="DATA", help="a data set of a task, a text file, a table, a folder of images")
     sub.add_argument(
-        "--config", type=Path, metavar="FILE", help="settings from a YAML file or a result.json; flags override it"
+        "--to", type=Path, metavar="FOLDER", help="where the model is kept (default: converted/MODEL-ATTENTION)"
     )
+    _add_settings(sub, leave_out=("dataset", "model", "model_folder", "regime", "resume", "save_model"))
     sub.add_argument("--dry-run", action="store_true", help="say what would be done and stop")
 
     sub = command("list", _list, "what there is")
@@ -176,6 +198,30 @@ def _parser() -> _Parser:
     sub.add_argument("--long", action="store_true", help="add the long sequences")
     sub.add_argument("--json", action="store_true", help="one JSON document in place of the table")
 
+    sub = command("fidelity", _fidelity, "how much of softmax a converted model kept, per layer and head")
+    sub.add_argument("folder", type=Path, help="a converted model, or a run that kept its model")
+    sub.add_argument("--data", metavar="DATA", help="another data set of its task, or your own (default: the run's)")
+    sub.add_argument("--max-len", type=int, metavar="N", help="longest sequence in tokens (default: the run's)")
+    sub.add_argument("--examples", type=int, default=64, metavar="N", help="of the test split (default: 64)")
+    sub.add_argument(
+        "--lengths", default="1,2,4", metavar="TIMES", help="times the length it was taught at (default: 1,2,4)"
+    )
+    sub.add_argument("--top-k", type=int, default=10, metavar="K", help="keys that the overlap compares (default: 10)")
+    sub.add_argument("--heads", action="store_true", help="a row for every head")
+    sub.add_argument("--attn", metavar="FILE.py:CLASS", help="your own attention, which no folder names by itself")
+    sub.add_argument("--json", action="store_true", help="one JSON document in place of the tables")
+    sub.add_argument("--plots", type=Path, metavar="DIR", help="write plots there (needs matplotlib)")
+
+    sub = command("generate", _generate, "text from a converted decoder, and what it keeps of the tokens")
+    sub.add_argument("folder", type=Path, help="a converted model, or a run that kept its model")
+    sub.add_argument("--prompt", required=True, metavar="TEXT", help="what to go on from; - reads it from stdin")
+    sub.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="at most (default: 64)")
+    sub.add_argument("--temperature", type=float, metavar="T", help="sample with it (default: the likeliest token)")
+    sub.add_argument("--top-p", type=float, metavar="P", help="sample from the likeliest tokens of this probability")
+    sub.add_argument("--seed", type=int, default=0, metavar="S", help="of the samples (default: 0)")
+    sub.add_argument("--num-beams", type=int, default=1, metavar="K", help="beam search (default: 1, none)")
+    sub.add_argument("--attn", metavar="FILE.py:CLASS", help="your own attention, which no folder names by itself")
+
     sub = command("data", _data, "data and weights: what is needed, what is there")
     sub.add_argument("what", choices=("list", "fetch", "verify"))
     sub.add_argument("name", nargs="*", help="files, data sets or tasks; all if left out")
@@ -196,6 +242,18 @@ def _parser() -> _Parser:
     return parser
 
 
+def _add_settings(parser: argparse.ArgumentParser, *, leave_out: Sequence[str] = ()) -> None:
+    """An option for every setting of RunConfig."""
+    groups: dict[str, Any] = {}
+    for field in dataclasses.fields(RunConfig):
+        if field.name not in leave_out:
+            name = field.metadata["group"]
+            _add_setting(groups.setdefault(name, parser.add_argument_group(name)), field)
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="settings from a YAML file or a result.json; flags override it"
+    )
+
+
 def _add_setting(group: Any, field: "dataclasses.Field[Any]") -> None:
     flag, meta = f"--{field.name.replace('_', '-')}", field.metadata
     default = f" (default: {field.default})" if field.default not in (None, (), False) else ""
@@ -212,30 +270,32 @@ def _add_setting(group: Any, field: "dataclasses.Field[Any]") -> None:
 # ---- run -------------------------------------------------------------------------------------------------------
 
 
-def _configs(args: argparse.Namespace) -> list[RunConfig]:
-    """One config for each task and attention that was named, without its data sets."""
-    fields = {field.name: field for field in dataclasses.fields(RunConfig)}
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of a file, with those of the command line over them."""
     values = _yaml_settings(args.config) if args.config else {}
-    allow_code = bool(args.allow_code)  # a file can't allow itself
-    from_file = {name: str(values[name]) for name in ("attn", "task") if values.get(name)}
-    for name, field in fields.items():
-        given = getattr(args, name)
+    for field in dataclasses.fields(RunConfig):
+        given = getattr(args, field.name, None)
         if given is None or given is False:
             continue
         try:
-            if name == "option":
-                values[name] = options_of(given)
-            else:
-                values[name] = field.metadata["type"](given)
+            values[field.name] = options_of(given) if field.name == "option" else field.metadata["type"](given)
         except ValueError as error:
             if isinstance(error, UsageError):
                 raise
-            raise UsageError(f"--{name.replace('_', '-')} can't be {given!r}: {error}") from error
+            raise UsageError(f"--{field.name.replace('_', '-')} can't be {given!r}: {error}") from error
+    allow_code = bool(args.allow_code)  # a file can't allow itself
+    for name in ("task", "attn"):
+        if values.get(name) and getattr(args, name, None) is None:
+            _check_named_in_file(name, str(values[name]), allow_code=allow_code)
+    return values
+
+
+def _configs(args: argparse.Namespace) -> list[RunConfig]:
+    """One config for each task and attention that was named, without its data sets."""
+    values = _settings(args)
     for name in ("task", "attn"):
         if not values.get(name):
             raise UsageError(f"--{name} is needed; hhbench list {name.replace('attn', 'attention')}s shows them")
-        if getattr(args, name) is None and name in from_file:
-            _check_named_in_file(name, from_file[name], allow_code=allow_code)
     tasks, attentions = str(values["task"]).split(","), str(values["attn"]).split(",")
     if attentions == ["all"]:
         from hhbench.attention import ATTENTIONS
@@ -307,6 +367,55 @@ def _run(args: argparse.Namespace) -> int:
     if rank() == 0:
         _print_tables(results, configs[0].out)
     return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    values = _settings(args)
+    if not values.get("attn"):
+        raise UsageError("--attn is needed; hhbench list attentions shows them")
+    from hhbench import converter, data
+    from hhbench.runner import execute, prepare
+
+    _calm_libraries()
+    given = {"dataset": args.data, "model_folder": args.to, "resume": True}
+    config = converter.config_of(
+        args.model, values | {name: value for name, value in given.items() if value is not None}
+    )
+    plan = prepare(config)
+    for line in plan.lines():
+        log.info("%s", line)
+    log.info("  kept in: %s", config.model_folder)
+    if args.dry_run:
+        log.info("dry run: nothing done")
+        return 0
+    for file in plan.task.files(plan.config):
+        data.fetch(file)
+    made, path = execute(config)
+    from hhbench.train import rank
+
+    if rank() == 0:
+        _print_conversion(made)
+        print(f"result: {path}")
+        print(f"model: {config.model_folder}")
+    return 0
+
+
+def _print_conversion(made: "Result") -> None:
+    """The score at each stage of a conversion, and how far the layers are from softmax."""
+    from statistics import fmean
+
+    def number(value: float | None) -> str:
+        return "not run" if value is None else f"{value:.4g}"
+
+    before, after = (made.fidelity["kl_before"], made.fidelity["kl_after"]) if made.fidelity else ([], [])
+    trained = bool(made.cost["seconds"].get("train"))
+    rows = [
+        ("teacher", number(made.teacher["score"] if made.teacher else None), ""),
+        ("after the swap", number(made.after_swap), number(fmean(before) if before else None)),
+        ("after transfer", number(made.after_transfer), number(fmean(after) if after else None)),
+        ("after finetuning", number(made.score.value if trained else None), ""),
+    ]
+    _print_table(("", made.score.name, "KL from softmax"), rows)
 
 
 def _print_tables(made: "list[tuple[Result, Path]]", out: Path) -> None:
@@ -576,6 +685,70 @@ def _check(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+# ---- fidelity --------------------------------------------------------------------------------------------------
+
+
+def _fidelity(args: argparse.Namespace) -> int:
+    import json
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from hhbench.fidelity_folder import Fidelity, multiples_of, open_folder
+
+    multiples = multiples_of(args.lengths)
+    if args.examples < 1:
+        raise UsageError(f"--examples must be at least 1, not {args.examples}")
+    _calm_libraries()
+    subject = open_folder(args.folder, attn=args.attn, dataset=args.data, max_len=args.max_len)
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("fidelity", total=None)
+        found = Fidelity.of(
+            subject,
+            examples=args.examples,
+            multiples=multiples,
+            top_k=args.top_k,
+            watch=lambda done, total, title: bar.update(task, completed=done, total=total, description=title),
+        )
+    plots = found.save_plots(args.plots) if args.plots else []
+    if args.json:
+        print(json.dumps(found.as_dict(), indent=1))
+        return 0
+    print(found.heading())
+    _print_table(*found.report.table(heads=args.heads))
+    for headers, rows in found.further_tables():
+        print()
+        _print_table(headers, rows)
+    for path in plots:
+        print(f"plot: {path}")
+    return 0
+
+
+# ---- generate --------------------------------------------------------------------------------------------------
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from hhbench.generation import Writer
+
+    _calm_libraries()
+    prompt = sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt
+    writer = Writer(args.folder, attn=args.attn)
+    log.info("%s", writer.kept(num_beams=max(args.num_beams, 1)).line())
+    written = writer.write(
+        prompt,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+        num_beams=args.num_beams,
+        stream=True,
+    )
+    log.info("%s", written.line())
+    return 0
+
+
 # ---- data, doctor ----------------------------------------------------------------------------------------------
 
 
@@ -589,9 +762,13 @@ def _needs(names: Sequence[str]) -> "list[tuple[Task, RunConfig, tuple[PackageFi
     for task_name in TASKS.names():
         task = TASKS.get(task_name).build()
         for name in task.datasets:
-            preset = "mini" if name in task.suites["mini"] else "paper"
-            config = prepare(RunConfig(task=task_name, attn="softmax", dataset=name, preset=preset)).config
-            files = task.files(config)
+            # A set that is the paper's alone is at its size; what it needs may depend on the regime.
+            preset = "paper" if name in {*task.suites["paper"]} - {*task.suites["mini"]} else "mini"
+            configs = [
+                prepare(RunConfig(task=task_name, attn="softmax", dataset=name, preset=preset, regime=regime)).config
+                for regime in task.regimes
+            ]
+            config, files = configs[0], tuple(dict.fromkeys(file for c in configs for file in task.files(c)))
             called = {task_name, name, *(f.name for f in files)}
             known |= called
             if not names or called & set(names):
@@ -610,10 +787,11 @@ def _data(args: argparse.Namespace) -> int:
     if args.what == "fetch":
         for file in {file.name: file for _, _, files in needs for file in files}.values():
             print(f"{file.name}: {data.fetch(file)}")
-        for task, config, files in needs:
-            if not files and config.dataset in args.name:  # of the hub, or generated: into the libraries' own caches
+        for task, config, _ in needs:
+            name = str(config.dataset)
+            if name in args.name and not task.dataset(name).files:  # of the hub, or generated: into others' caches
                 task.build_model(config, task.load_data(config))
-                print(f"{config.dataset}: ready")
+                print(f"{name}: ready")
         return 0
     users: dict[str, list[str]] = {}
     states: dict[str, tuple[PackageFile, str]] = {}

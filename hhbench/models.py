@@ -1,30 +1,39 @@
 """Where host models come from, and how they are kept.
 
-A host is built from a config, a folder, the hub or timm, and saved as safetensors beside a manifest that says how to
-build it again. Nothing that is loaded is unpickled, and no code that a folder names is imported unasked.
+A host is built from a config, a folder, the hub or timm. A converted one is a folder: safetensors weights, the
+library's own config, tokenizer or transforms, and a manifest, `hhbench.json`. Nothing that is loaded is unpickled, and
+no code that a folder names is imported unasked.
 """
 
 import contextlib
 import dataclasses
-import hashlib
-import importlib
 import json
+import logging
+import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from hhbench.attention import ATTENTIONS
+from hhbench.attention import ATTENTIONS, AttentionSpec
 from hhbench.data import hash_files, offline
-from hhbench.errors import DataError, HHBenchError, UsageError, unknown_name
-from hhbench.hosts import convert
+from hhbench.errors import DataError, HHBenchError, UsageError, in_one_line, unknown_name
+from hhbench.hosts import attach, placements
+from hhbench.hosts.families import Entry, description, hosted_class, own_attentions
+
+MANIFEST = "hhbench.json"  # written last: where it is, all is there
+SCHEMA = 2
+
+_LOGGER = logging.getLogger(__name__)
 
 DROPOUTS = (  # what transformers' configs call them
     "attention_probs_dropout_prob", "hidden_dropout_prob", "attention_dropout", "dropout", "attn_pdrop",
@@ -43,8 +52,11 @@ def transformers_model(auto: Any, source: str, *, pretrained: bool, dropout: flo
 
     Raises:
         DataError: the folder or the model can't be had, or has no safetensors weights.
+        UsageError: the folder holds a converted model.
     """
-    with _clear_errors(source):
+    if Path(source).is_dir():
+        _check_folder(Path(source), pretrained=pretrained)
+    with clear_errors(source):
         config = AutoConfig.from_pretrained(source, local_files_only=offline(), **settings)
         for name in DROPOUTS:
             if hasattr(config, name):
@@ -119,10 +131,10 @@ def timm_model(name: str, *, pretrained: bool, **settings: Any) -> nn.Module:
 
     if name.split(".")[0] not in timm.list_models():
         raise unknown_name("timm model", name, timm.list_models("*vit*"))
-    recipe = HostRecipe("timm", name, settings)
+    recipe = TimmRecipe(name, settings)
     if not pretrained:
         return recipe.build()
-    with _clear_errors(name):
+    with clear_errors(name):
         model: nn.Module = timm.create_model(name, pretrained=True, **settings)
     model.hhbench_recipe = recipe  # type: ignore[assignment]
     return model
@@ -138,7 +150,7 @@ def timm_weights_hash(name: str) -> dict[str, str]:
 
 def tokenizer(source: str) -> Any:
     """The fast tokenizer of a folder or of a hub's name."""
-    with _clear_errors(source):
+    with clear_errors(source):
         return AutoTokenizer.from_pretrained(source, local_files_only=offline(), use_fast=True)
 
 
@@ -147,13 +159,13 @@ def weights_hash(name: str, source: str) -> dict[str, str]:
     folder = Path(source)
     if folder.is_dir():
         return {name: hash_files(sorted(folder.glob("*.safetensors")))}
-    with _clear_errors(source):
+    with clear_errors(source):
         commit = AutoConfig.from_pretrained(source, local_files_only=offline())._commit_hash
     return {name: str(commit)}
 
 
 @contextlib.contextmanager
-def _clear_errors(source: str) -> Iterator[None]:
+def clear_errors(source: str) -> Iterator[None]:
     """What the libraries say of a model that isn't there is a page long."""
     try:
         yield
@@ -166,136 +178,269 @@ def _clear_errors(source: str) -> Iterator[None]:
         ) from error
 
 
+def _check_folder(folder: Path, *, pretrained: bool) -> None:
+    """Say what a model's folder lacks before the library says it in its own words."""
+    if is_converted(folder):
+        raise UsageError(f"{folder} holds a converted model: read it with hhbench.load, or name what it was made from")
+    if not (folder / "config.json").is_file():
+        raise DataError(f"{folder} holds no model: it has no config.json")
+    if pretrained and not any(folder.glob("*.safetensors")):
+        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        raise DataError(
+            f"{folder} has pickled weights alone ({pickled[0]}), which can run code when they are read: save the model "
+            "again as safetensors"
+            if pickled
+            else f"{folder} has no weights: there is no .safetensors file"
+        )
+
+
+def check_finite(model: nn.Module) -> None:
+    """Refuse a model with NaN or infinity among its weights.
+
+    Raises:
+        HHBenchError: there is one; the message names the first such tensor.
+    """
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise HHBenchError(f"{name} of {type(model).__name__} isn't finite: the weights hold NaN or infinity")
+
+
 @dataclass(frozen=True)
-class HostRecipe:
-    """How to build a host without its weights: what a saved folder must say.
+class TimmRecipe:
+    """How to build a timm model without its weights: what a saved folder must say of one.
 
     Attributes:
-        library: "transformers" or "timm".
-        name: the model class of transformers, or the model name of timm.
-        arguments: the config of transformers as a dict, or timm's keyword arguments.
+        name: timm's.
+        arguments: of `timm.create_model`.
     """
 
-    library: str
     name: str
     arguments: dict[str, Any]
 
     def build(self) -> nn.Module:
-        """The host with random weights."""
-        if self.library == "timm":
-            import timm
+        """The model with random weights."""
+        import timm
 
-            # A folder that somebody else made may describe a model, but not where to load code or pickles from.
-            if self.name not in timm.list_models() or {"checkpoint_path", "pretrained"} & self.arguments.keys():
-                raise UsageError(f"timm model {self.name!r} with {sorted(self.arguments)} is not taken from a manifest")
-            model: nn.Module = timm.create_model(self.name, pretrained=False, **self.arguments)
-        elif self.library == "transformers":
-            cls = getattr(importlib.import_module("transformers"), self.name, None)
-            if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
-                raise UsageError(f"transformers has no model class {self.name!r}")
-            model = cls(cls.config_class.from_dict(self.arguments))  # type: ignore[attr-defined]
-        else:
-            raise UsageError(f"no host library {self.library!r}; it is transformers or timm")
+        # A folder that somebody else made may describe a model, but not where to load code or pickles from.
+        if self.name not in timm.list_models() or {"checkpoint_path", "pretrained"} & self.arguments.keys():
+            raise UsageError(f"timm model {self.name!r} with {sorted(self.arguments)} is not taken from a manifest")
+        model: nn.Module = timm.create_model(self.name, pretrained=False, **self.arguments)
         model.hhbench_recipe = self  # type: ignore[assignment]  # a plain attribute, for save()
         return model
 
 
-def recipe_of(model: nn.Module) -> HostRecipe:
-    """How to build this host again."""
-    recipe = getattr(model, "hhbench_recipe", None)
-    if isinstance(recipe, HostRecipe):
-        return recipe
-    if isinstance(model, PreTrainedModel):
-        arguments = model.config.to_dict()
-        arguments.pop("quantization_config", None)
-        return HostRecipe("transformers", type(model).__name__, json.loads(json.dumps(arguments, default=str)))
-    raise UsageError(f"{type(model).__name__} can't be saved: hhbench didn't build it, so it can't say how to")
-
-
 def save(
-    model: nn.Module,
-    folder: Path,
-    *,
-    attn: str,
-    options: Mapping[str, Any],
-    notes: Mapping[str, Any] | None = None,
+    model: nn.Module, folder: str | Path, *, notes: Mapping[str, Any] | None = None, processor: Any = None
 ) -> None:
-    """Write a hosted model: `model.safetensors`, and `hhbench.json`, which comes last and says that all is there.
+    """Write a converted model as a folder, whole or not at all. A folder that is there is replaced.
+
+    A model of transformers is written by its own `save_pretrained`, so that the Auto classes can load it after
+    `import hhbench.hosts`; one of timm can be loaded by `hhbench.load` alone.
 
     Args:
-        attn: the name of the attention as the user gave it.
         notes: anything else to keep in the manifest, as plain JSON.
+        processor: a tokenizer or an image processor: what has `save_pretrained`.
+
+    Raises:
+        UsageError: the model wasn't converted, or nothing could build it again.
+        HHBenchError: writing failed; what was there before is as it was.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "hhbench.json").unlink(missing_ok=True)
-    weights = folder / "model.safetensors"
-    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    save_file(state, weights)
-    manifest = {
-        "schema": 1,
-        "host": dataclasses.asdict(recipe_of(model)),
-        "attention": {
-            "name": attn,
-            "options": dict(options),
-            "source_sha256": ATTENTIONS.get(attn).source_hash(),
-        },
-        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
-        **(notes or {}),
-    }
-    aside = folder / "hhbench.json.tmp"
-    aside.write_text(json.dumps(manifest, indent=1))
-    aside.replace(folder / "hhbench.json")
+    folder = Path(folder)
+    host = _host_of(model)
+    with _written_aside(folder) as aside, _no_progress_bars():
+        if isinstance(model, PreTrainedModel):
+            model.save_pretrained(aside)
+        else:
+            state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+            save_file(state, aside / "model.safetensors")
+        if processor is not None:
+            processor.save_pretrained(aside)
+        manifest = {
+            **(notes or {}),
+            "schema": SCHEMA,
+            "host": host,
+            **description(model),
+            "weights_sha256": _weights_sha256(aside),
+        }
+        (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 
-def manifest(folder: Path) -> dict[str, Any]:
+def load(folder: str | Path, *, attn: str | Mapping[str, str] | None = None) -> nn.Module:
+    """A converted model, in evaluation mode.
+
+    Args:
+        folder: what `hhbench convert` or a run wrote (a run's `model` folder, or a teacher's).
+        attn: a user's own attention, which a folder may not import by itself: `file.py:Class` or a dotted path. Where
+            the layers have several, each by the name under which it was saved.
+
+    Raises:
+        HHBenchError: the folder is no hhbench model, is damaged, or its weights don't fit.
+        UsageError: it was converted with a user's own attention, and `attn` doesn't say where that is.
+    """
+    folder = _model_folder(Path(folder))
+    found = manifest(folder)
+    try:
+        sha256, host = found["weights_sha256"], found["host"]
+        entries = [Entry.parse(said) for said in found["layers"]]
+        library, name = host["library"], host["name"]
+        recipe = TimmRecipe(name, host["arguments"]) if library == "timm" else None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise HHBenchError(f"{folder / MANIFEST} lacks what describes a model: {error}") from error
+    if not any(folder.glob("*.safetensors")) or _weights_sha256(folder) != sha256:
+        raise HHBenchError(f"the weights in {folder} are missing or damaged: their sha256 isn't the manifest's")
+    with own_attentions(_own_specs(folder, entries, attn)), _no_progress_bars():
+        try:
+            if recipe is not None:
+                model = _load_timm(recipe, entries, folder)
+            elif library == "transformers":
+                model = _load_transformers(name, folder)
+            else:
+                raise UsageError(f"no host library {library!r}; it is transformers or timm")
+        except UsageError:
+            raise
+        except (HHBenchError, RuntimeError, SafetensorError, OSError, ValueError, AttributeError) as error:
+            raise HHBenchError(
+                f"what {folder} holds doesn't fit the model that is described there: {in_one_line(error)}"
+            ) from error
+    return model.eval()
+
+
+def manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest of a folder that `save` wrote.
 
     Raises:
         HHBenchError: there is none, or it can't be read.
     """
-    path = folder / "hhbench.json"
+    path = _model_folder(Path(folder)) / MANIFEST
     try:
         found: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:
-        raise HHBenchError(f"{folder} holds no hhbench model: hhbench.json is missing") from None
+        raise HHBenchError(f"{folder} holds no hhbench model: {MANIFEST} is missing") from None
     except (OSError, ValueError) as error:
         raise HHBenchError(f"{path} can't be read: {error}") from error
     schema = found.get("schema") if isinstance(found, dict) else None
-    if schema != 1:
-        raise HHBenchError(f"{path} has schema {schema!r}; this hhbench reads 1")
+    if schema != SCHEMA:
+        raise HHBenchError(
+            f"{path} has schema {schema!r}, and this hhbench reads {SCHEMA}: delete that folder and make it again"
+        )
     return found
 
 
-def load(folder: str | Path, *, attn: str | None = None) -> nn.Module:
-    """The model of a folder that a run saved, in evaluation mode.
-
-    Args:
-        folder: holds `hhbench.json` and `model.safetensors` (a run's `model` folder, or a teacher).
-        attn: a user's own attention, which a folder may not name by itself: `file.py:Class`.
-
-    Raises:
-        HHBenchError: the folder is no hhbench model, is damaged, or its weights don't fit.
-    """
-    folder = Path(folder)
-    if not (folder / "hhbench.json").exists() and (folder / "model" / "hhbench.json").exists():
-        folder = folder / "model"
-    found = manifest(folder)
+def is_converted(folder: str | Path) -> bool:
+    """Whether a folder holds a model that hhbench converted."""
+    if (_model_folder(Path(folder)) / MANIFEST).is_file():
+        return True
     try:
-        sha256, recipe = found["weights_sha256"], HostRecipe(**found["host"])
-        name, options = found["attention"]["name"], found["attention"]["options"]
-    except (KeyError, TypeError) as error:
-        raise HHBenchError(f"{folder / 'hhbench.json'} lacks what describes a model: {error}") from error
-    weights = folder / "model.safetensors"
-    if not weights.is_file() or hashlib.sha256(weights.read_bytes()).hexdigest() != sha256:
-        raise HHBenchError(f"{weights} is missing or damaged: its sha256 isn't the manifest's. Make the model again.")
+        said = json.loads((Path(folder) / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(said, dict) and str(said.get("model_type")).startswith("hhbench-")
+
+
+def _model_folder(folder: Path) -> Path:
+    """A run and a teacher keep their model in a folder of their own."""
+    inside = folder / "model"
+    return inside if not (folder / MANIFEST).exists() and (inside / MANIFEST).exists() else folder
+
+
+def _weights_sha256(folder: Path) -> str:
+    return hash_files(sorted(folder.glob("*.safetensors")))
+
+
+def _host_of(model: nn.Module) -> dict[str, Any]:
+    """How to build a model again, as plain JSON."""
+    name = type(model).__name__
+    if not placements(model):
+        raise UsageError(f"{name} wasn't converted: hhbench.save keeps converted models, its own library keeps others")
+    recipe = getattr(model, "hhbench_recipe", None)
+    if isinstance(recipe, TimmRecipe):
+        return {"library": "timm"} | dataclasses.asdict(recipe)
+    if isinstance(model, PreTrainedModel):
+        original = name.removeprefix("HHBench")
+        if _class_of_transformers(original) is not None:
+            return {"library": "transformers", "name": original}
+    raise UsageError(f"{name} can't be saved: neither hhbench nor transformers built it, so nothing says how to")
+
+
+def _class_of_transformers(name: str) -> type[PreTrainedModel] | None:
+    cls = getattr(transformers, name, None)
+    return cls if isinstance(cls, type) and issubclass(cls, PreTrainedModel) else None
+
+
+def _own_specs(folder: Path, entries: list[Entry], attn: str | Mapping[str, str] | None) -> dict[str, AttentionSpec]:
+    """What the user says the users' own attentions of a folder are; a warning where they have changed since."""
+    own = {entry.placement.attention: entry.own.get("sha256") for entry in entries if entry.own is not None}
+    if attn is not None and not own:
+        raise UsageError(f"{folder} was converted with hhbench's own attentions: leave attn={attn!r} out")
+    if isinstance(attn, str):
+        if len(own) > 1:
+            raise UsageError(f"{folder} has several attentions of users' own: say what each is, {sorted(own)}")
+        attn = dict.fromkeys(own, attn)
+    specs = {name: ATTENTIONS.get(reference) for name, reference in (attn or {}).items()}
+    for name, sha256 in own.items():
+        if name in specs and specs[name].source_hash() != sha256:
+            _LOGGER.warning("%s has changed: its source isn't the one that %s was converted with", name, folder)
+    return specs
+
+
+def _load_transformers(name: str, folder: Path) -> nn.Module:
+    cls = _class_of_transformers(name)
+    if cls is None:
+        raise UsageError(f"transformers has no model class {name!r}")
+    model, info = hosted_class(cls).from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[kind]:
+            raise HHBenchError(
+                f"the weights in {folder} don't fit the model that is described there: {kind} {info[kind]}"
+            )
+    return model  # type: ignore[no-any-return]
+
+
+def _load_timm(recipe: TimmRecipe, entries: list[Entry], folder: Path) -> nn.Module:
     model = recipe.build()
-    convert(model, ATTENTIONS.get(attn) if attn else ATTENTIONS.get(name, allow_code=False), **options)
+    for entry in entries:
+        attach(model, entry.placement, entry.build())
+    state = load_file(folder / "model.safetensors")
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        if key in state:
+            tensor.data = tensor.data.to(state[key].dtype)  # half precision comes back as it was saved
+    model.load_state_dict(state)
+    return model
+
+
+@contextlib.contextmanager
+def _written_aside(folder: Path) -> Iterator[Path]:
+    """A new folder that takes the place of this one once it is complete."""
+    new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
     try:
-        state = load_file(weights)
-        for key, tensor in model.state_dict(keep_vars=True).items():
-            if key in state:
-                tensor.data = tensor.data.to(state[key].dtype)  # half precision comes back as it was saved
-        model.load_state_dict(state)
-    except (RuntimeError, SafetensorError) as error:
-        raise HHBenchError(f"{weights} doesn't fit the model that its manifest describes: {error}") from error
-    return model.eval()
+        new.mkdir(parents=True)
+        yield new
+        if folder.exists():
+            folder.rename(old)
+        try:
+            new.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
+    except HHBenchError:
+        raise
+    except Exception as error:  # safetensors and tokenizers have their own for a full disk
+        raise HHBenchError(f"{folder} couldn't be written: {in_one_line(error)}") from error
+    finally:
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """transformers shows one for each file that it reads or writes."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()

@@ -102,6 +102,16 @@ class Fidelity(TypedDict):
     floored_rows: int
 
 
+class LayerChoice(TypedDict):
+    """Which layers `--keep-layers auto` kept as softmax, in the order of choice.
+
+    `scores` are those with 0, 1, 2 ... of them kept; None where there was none to measure.
+    """
+
+    layers: list[int]
+    scores: list[float | None]
+
+
 class Trial(TypedDict):
     """`validation` is the score on the validation split, which picks; the test split never does."""
 
@@ -168,6 +178,7 @@ class Result:
         after_swap: the score right after the swap, before any training.
         after_transfer: the score after attention transfer, before finetuning.
         tuning: None where the learning rate was not tuned.
+        layer_choice: None where the layers to keep were not chosen automatically.
     """
 
     schema: int
@@ -186,6 +197,7 @@ class Result:
     tuning: Tuning | None
     cost: Cost
     environment: Environment
+    layer_choice: LayerChoice | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -412,8 +424,9 @@ def _checked(value: Any, kind: Any, path: str) -> Any:
         fields = _hints(kind)
         found = _of_type(value, dict, "an object", path)
         for name in sorted(fields.keys() ^ found.keys()):
-            raise HHBenchError(f"{_join(path, name)} is {'missing' if name in fields else 'an unknown field'}")
-        return kind(**{name: _checked(found[name], hint, _join(path, name)) for name, hint in fields.items()})
+            if not hasattr(kind, name):  # a field with a default is newer than some records
+                raise HHBenchError(f"{_join(path, name)} is {'missing' if name in fields else 'an unknown field'}")
+        return kind(**{n: _checked(found[n], hint, _join(path, n)) for n, hint in fields.items() if n in found})
     if get_origin(kind) is types.UnionType:  # the only unions here are X | None
         return None if value is None else _checked(value, get_args(kind)[0], path)
     if get_origin(kind) is list:

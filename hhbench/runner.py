@@ -16,12 +16,13 @@ import platform
 import re
 import resource
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import lightning
@@ -33,12 +34,14 @@ from torch import nn
 
 from hhbench import hosts, models, result
 from hhbench.attention import ATTENTIONS, AttentionSpec, Direction, probe
-from hhbench.config import RECIPES, RunConfig
+from hhbench.config import RECIPES, RunConfig, split_label
 from hhbench.distill import LayerFidelity, intercepted
 from hhbench.errors import HHBenchError, UsageError, in_one_line, unknown_name
+from hhbench.layer_choice import keep_worst
+from hhbench.lora import LoraSettings, inject, merge
 from hhbench.registry import source_hash
-from hhbench.result import Cost, Fidelity, Identity, Result, Score, Teacher, Trial, Tuning
-from hhbench.task import TASKS, Task, TaskData
+from hhbench.result import Cost, Fidelity, Identity, LayerChoice, Result, Score, Teacher, Trial, Tuning
+from hhbench.task import TASKS, Split, Task, TaskData
 from hhbench.train import (
     Schedule,
     StageReport,
@@ -57,7 +60,12 @@ from hhbench.train import (
 log = logging.getLogger("hhbench")
 
 TRANSFERRED = "transfer.safetensors"  # what transfer taught the maps, until the run is done
-FIDELITY_EXAMPLES = 128  # of the validation split, on which KL and entropies are measured
+# KL and entropies are measured on so much of the validation split, at most.
+FIDELITY_EXAMPLES = 128
+FIDELITY_TOKENS = 128 * 128
+
+# Settings that may stay blank.
+OPTIONAL = {"recipe", "micro_batch_size", "data_folder", "window", "keep_layers", "lora", "model_folder"}
 
 # What a teacher depends on: not on the attention, nor on what happens after the swap.
 TEACHER_SETTINGS = (
@@ -112,14 +120,41 @@ class Plan:
         if self.transfers:
             stages.append(f"transfer {c.transfer_epochs:g} epochs at {c.transfer_lr:g}")
         if self.trains:
+            lora = f", LoRA {self.lora}" if self.lora else ""
             rate = f"best of {list(c.tune)}" if c.tune else f"{c.lr:g}"
-            stages.append(f"{'finetune' if self.converts else 'train'} {c.epochs:g} epochs at {rate}")
+            stages.append(f"{'finetune' if self.converts else 'train'} {c.epochs:g} epochs at {rate}{lora}")
         recipe = f", recipe {c.recipe}" if self.converts else ""
         return [
             f"{self.task.name} / {data.title} with {self.label} ({c.preset}, {c.regime}{recipe}, seed {c.seed})",
             f"  model {c.model}, up to {c.max_len} tokens, batch {c.batch_size}",
             f"  stages: {' -> '.join(stages)} -> test",
         ]
+
+    @property
+    def lora(self) -> LoraSettings | None:
+        return LoraSettings.parse(self.config.lora) if self.config.lora else None
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The layers that are named to stay softmax."""
+        text = self.config.keep_layers
+        return () if text is None or self.chooses else tuple(int(index) for index in text.split(","))
+
+    @property
+    def chooses(self) -> int:
+        """How many layers to keep are chosen by what transfer leaves."""
+        head, _, count = (self.config.keep_layers or "").partition("auto:")
+        return int(count) if count and not head else 0
+
+    @property
+    def layers(self) -> dict[int, tuple[str, dict[str, Any]]]:
+        """The layers that are given another attention, with its options."""
+        chosen = {}
+        for layers, label in self.config.layers:
+            first, dash, last = (layers, "", "") if layers.startswith("-") else layers.partition("-")
+            for index in range(int(first), int(last if dash else first) + 1):
+                chosen[index] = split_label(label)
+        return chosen
 
 
 def prepare(config: RunConfig) -> Plan:
@@ -128,7 +163,7 @@ def prepare(config: RunConfig) -> Plan:
     Raises:
         UsageError: a name, an option or a combination that can't be; before anything is fetched or trained.
     """
-    given = config
+    given, config = config, _with_window(config)
     task = TASKS.get(config.task).build()
     spec = ATTENTIONS.get(config.attn)
     if config.dataset is None:
@@ -145,6 +180,10 @@ def prepare(config: RunConfig) -> Plan:
             + ("takes over q, k and v" if spec.convertible else "replaces whole blocks: it has no q and k to teach")
         )
     direction: Direction = "causal" if task.causal else "bidirectional"
+    if not task.scored and not getattr(spec.part, "has_weights", True):
+        raise UsageError(f"{spec.name} has no weights to compare with softmax's: name data with labels")
+    if not task.scored and config.recipe is not None and RECIPES[config.recipe].finetune:
+        raise UsageError(f"--recipe {config.recipe} finetunes, and {task.name} has no labels: use transfer-only")
     spec.check(direction=direction, options=config.options)
     if spec.external or config.option:
         try:
@@ -153,18 +192,39 @@ def prepare(config: RunConfig) -> Plan:
             if isinstance(error, HHBenchError):
                 raise
             raise UsageError(f"{spec.label(config.options)} can't be built: {in_one_line(error)}") from error
-    config = dataclasses.replace(
-        config, regime=regime, recipe=None if regime == "scratch" else config.recipe or spec.recipe
-    )
+    recipe = config.recipe or spec.recipe
+    if not task.scored and RECIPES[recipe].finetune:
+        recipe = "transfer-only" if RECIPES[recipe].transfer else "untrained"
+    config = dataclasses.replace(config, regime=regime, recipe=None if regime == "scratch" else recipe)
+    if config.lora:  # as it is written in full: the same adapters, the same key
+        config = dataclasses.replace(config, lora=str(LoraSettings.parse(config.lora)))
     config = config.filled(task.settings(config))
     blank = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) is None]
-    if missing := set(blank) - {"recipe", "micro_batch_size", "data_folder"}:
+    if missing := set(blank) - OPTIONAL:
         raise HHBenchError(f"the {config.preset} preset of {task.name} leaves {', '.join(sorted(missing))} blank")
     _check_machine(config)
     plan = Plan(given, config, task, spec)
     if config.tune and not (plan.trains and config.epochs):
         raise UsageError("--tune needs a stage that trains: this recipe has none, or --epochs is 0")
+    if config.lora and not (plan.converts and plan.trains):
+        raise UsageError("--lora needs a conversion that finetunes: this regime or recipe has no such stage")
+    if plan.chooses and not plan.transfers:
+        raise UsageError("--keep-layers auto goes by what transfer leaves, and this recipe has none: name the layers")
+    for name, options in plan.layers.values():
+        ATTENTIONS.get(name).check(direction=direction, options=options)
     return plan
+
+
+def _with_window(config: RunConfig) -> RunConfig:
+    """`--window 64` folded into the attention: hedgehog becomes hedgehog-window[window=64]."""
+    if config.window is None:
+        return config
+    windowed = {name.removesuffix("-window"): name for name in ATTENTIONS.names() if name.endswith("-window")}
+    name = config.attn.removesuffix("-window")
+    if name not in windowed:
+        raise UsageError(f"{config.attn} has no form with a window; these have: {', '.join(windowed)}")
+    option = tuple(sorted({**config.options, "window": config.window}.items()))
+    return dataclasses.replace(config, attn=windowed[name], option=option, window=None)
 
 
 def _check_machine(config: RunConfig) -> None:
@@ -209,6 +269,8 @@ def execute(config: RunConfig) -> tuple[Result, Path]:
     from hhbench.cluster import launched_world, on_all_devices
 
     plan = prepare(config)
+    if plan.lora and not find_spec("peft"):
+        raise UsageError("--lora needs the package peft: pip install 'hhbench[convert]'")
     world = config.devices * config.num_nodes
     if world > 1 and launched_world() == 1:
         config.out.mkdir(parents=True, exist_ok=True)
@@ -226,12 +288,14 @@ class _Run:
         self.plan, self.config, self.task = plan, plan.config, plan.task
         self.seconds: dict[str, float] = {}
         self.tokens = 0
-        self.params_added = 0
+        self.host_params = self.params_added = 0
         self.teacher: Teacher | None = None
+        self.teacher_folder: str | None = None
         self.after_swap: float | None = None
         self.after_transfer: float | None = None
         self.fidelity: Fidelity | None = None
         self.tuning: Tuning | None = None
+        self.layer_choice: LayerChoice | None = None
         self.data: TaskData = self.task.load_data(self.config)
         self.weights = self.task.weights(self.config)
         self.key = result.key_of(self.identity)
@@ -264,15 +328,19 @@ class _Run:
         ]
         return c.out / _safe(self.task.name) / _safe(Path(str(c.dataset)).name) / _safe("-".join(parts))
 
+    @property
+    def model_folder(self) -> Path | None:
+        """Where the trained model is kept, if it is."""
+        return self.config.model_folder or (self.folder / "model" if self.config.save_model else None)
+
     def result(self) -> Result:
         done = self.folder / result.FILE_NAME
         if done.exists() and not self.config.force:
             found = result.load(done)
-            if found.key == self.key and (
-                not self.config.save_model or (self.folder / "model" / "hhbench.json").exists()
-            ):
+            if found.key == self.key and (self.model_folder is None or (self.model_folder / models.MANIFEST).exists()):
                 log.info("done already: %s", done)
                 return found
+        _check_model_folder(self.config.model_folder, key=self.key, force=self.config.force)
         if rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
         made = self._run()
@@ -290,36 +358,70 @@ class _Run:
         model = self._start()
         before = _count(model)
         torch.manual_seed(c.seed)
-        hosts.convert(model, plan.spec, **c.options)
-        self.params_added = _count(model) - before
+        conversion = hosts.plan_conversion(
+            model, plan.spec, keep_layers=plan.kept, layers=plan.layers, context=c.max_len, **c.options
+        )
+        if plan.converts:
+            for line in conversion.lines():
+                log.info("%s", line)
+        conversion.carry_out()
+        self.host_params, self.params_added = before, _count(model) - before
         log.info("%s adds %s parameters to %s", plan.label, f"{self.params_added:,}", f"{before:,}")
         if plan.converts:
             self._after_the_swap(model)
         if plan.trains:
             self.tuning = self._train(model)
-        value, metrics, scores = self._test(model, "test")
+        value, metrics, scores, num_examples = self._test(model, "test")
         if self.fidelity is not None:
             self.fidelity["floored_rows"] = sum(int(counter) for counter in _floored(model))
             if self.fidelity["floored_rows"]:
                 log.info("%d rows of features lay at the floor in the test", self.fidelity["floored_rows"])
+        made = self._record(model, value, metrics, num_examples)
         if rank() == 0:
-            if c.save_model:
-                models.save(model, self.folder / "model", attn=c.attn, options=c.options)
+            if self.model_folder is not None:
+                models.save(
+                    model,
+                    self.model_folder,
+                    notes={"run": self._notes(made)},
+                    processor=self.data.facts.get("processor"),
+                )
             order = sorted(scores)
             np.savez_compressed(
                 self.folder / "examples.npz",
                 index=np.array(order, dtype=np.int32),
                 score=np.array([scores[i] for i in order], dtype=np.float32),
             )
-        return self._record(model, value, metrics, len(scores))
+        return made
+
+    def _notes(self, made: Result) -> dict[str, Any]:
+        """What a saved model says of the run that made it: enough to find its teacher and its data again."""
+        folder = self.teacher_folder
+        sha256 = models.manifest(folder)["weights_sha256"] if folder else None
+        teacher = None if made.teacher is None else {**made.teacher, "folder": folder, "weights_sha256": sha256}
+        return {
+            "key": made.key,
+            "config": made.config,
+            "weights": self.weights,
+            "data": dict(self.data.hashes),
+            "teacher": teacher,
+            "scores": {
+                "name": made.score.name,
+                "after_swap": made.after_swap,
+                "after_transfer": made.after_transfer,
+                "final": made.score.value,
+            },
+            "fidelity": made.fidelity,
+            "layer_choice": made.layer_choice,
+            "commit": made.environment["commit"],
+        }
 
     def _after_the_swap(self, model: nn.Module) -> None:
         """Measure what the swap left, teach the maps if the recipe says so, and measure again."""
-        if self.plan.spec.part is ATTENTIONS.get("softmax").part:
+        if all(placement.is_softmax for placement in hosts.placements(model)):
             self.after_swap = self.teacher["score"] if self.teacher else None
             return
         # A classifier that was only pretrained has a head of random weights: its score would mean nothing.
-        scorable = self.config.regime == "finetuned-conversion" or self.task.scores_pretrained
+        scorable = self.config.regime == "finetuned-conversion" or self.task.scores_pretrained or not self.task.scored
         self.fidelity = self._fidelity_before(model)
         if scorable:
             self.after_swap = self._test(model, "test after the swap")[0]
@@ -328,6 +430,23 @@ class _Run:
             self._fidelity_after(model, self.fidelity)
             if scorable:
                 self.after_transfer = self._test(model, "test after transfer")[0]
+            if self.plan.chooses:
+                score = (lambda: self._test(model, "test with layers kept")[0]) if scorable else (lambda: None)
+                self._choose_layers(model, score)
+
+    def _choose_layers(self, model: nn.Module, score: Callable[[], float | None]) -> None:
+        """Give the layers that transfer taught least their softmax back."""
+        assert self.fidelity is not None
+        measured = [name for name, slot in hosts.slots(model).items() if _is_measured(slot)]
+        divergences = dict(zip(measured, self.fidelity["kl_after"], strict=True))
+        steps = keep_worst(model, divergences, self.plan.chooses, score)
+        self.params_added = _count(model) - self.host_params
+        depth = list(hosts.slots(model))
+        self.layer_choice = LayerChoice(
+            layers=[depth.index(step.layer) for step in steps if step.layer is not None],
+            scores=[step.score for step in steps],
+        )
+        log.info("kept as softmax: layers %s", ", ".join(map(str, self.layer_choice["layers"])))
 
     def _start(self) -> nn.Module:
         """The model to give the attention to; `teacher` is set if it was trained or has a score of its own."""
@@ -350,10 +469,11 @@ class _Run:
         key = result.key_of(identity)
         folder = c.out / "teachers" / _safe(f"{self.task.name}-{Path(str(c.dataset)).name}-{c.preset}-{key[:8]}")
         with _locked_by_rank_zero(folder.with_suffix(".lock")):
-            if not (folder / "hhbench.json").exists():
+            if not models.is_converted(folder):
                 self._make_teacher(folder, key, identity)
         barrier()
         model = models.load(folder)
+        self.teacher_folder = str(folder.absolute())
         notes = models.manifest(folder)["teacher"]
         log.info("teacher %s: %s %.4f", key[:8], notes["score_name"], notes["score"])
         self.teacher = Teacher(key=key, score=notes["score"])
@@ -366,13 +486,13 @@ class _Run:
         schedule = self._schedule(float(c.teacher_lr or 0), float(c.teacher_epochs or 0))
         stage = TrainStage(self.task, model, self.data, c, schedule)
         report = self._fit(stage, folder, "train the teacher", seed=c.teacher_seed)
-        score, _, _ = self._test(model, "test the teacher")
+        score = self._test(model, "test the teacher")[0]
         if rank() == 0:
             notes = {
                 "key": key, "identity": identity, "score": score, "score_name": stage.score_name,
                 "validation": report.validation, "seconds": report.seconds,
             }  # fmt: skip
-            models.save(model, folder, attn="softmax", options={}, notes={"teacher": notes})
+            models.save(model, folder / "model", notes={"teacher": notes})  # beside the stage's own files
 
     def _transfer(self, model: nn.Module) -> None:
         """Teach the maps, or read what an interrupted run taught them."""
@@ -394,7 +514,7 @@ class _Run:
         for parameter in frozen:
             parameter.requires_grad_(False)
         schedule = self._schedule(float(c.transfer_lr or 0), float(c.transfer_epochs or 0))
-        stage = TransferStage(model, schedule)
+        stage = TransferStage(model, schedule, loss=c.transfer_loss, queries=c.queries)
         batches = loader(self.data.train, self.data, c, train=True, seed=c.seed)
         report = fit(stage, batches, None, c, folder=self.folder / "transfer", title="attention transfer")
         for parameter in frozen:
@@ -404,7 +524,22 @@ class _Run:
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in maps.items()}, kept)
 
     def _train(self, model: nn.Module) -> Tuning | None:
-        """Train or finetune all weights; with `tune`, once per learning rate, and the validation split picks."""
+        """Train or finetune: all weights, or low-rank adapters that are merged into them at the end."""
+        c, lora = self.config, self.plan.lora
+        frozen = hosts.attention_parameters(model) if c.recipe and RECIPES[c.recipe].frozen else []
+        if lora is not None:
+            inject(model, lora, train_maps=not frozen)
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        tuning = self._tune(model)
+        if lora is not None:
+            merge(model)
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        return tuning
+
+    def _tune(self, model: nn.Module) -> Tuning | None:
+        """Train once; with `tune`, once per learning rate, and the validation split picks."""
         c = self.config
         if not c.tune:
             self._spent("train", self._train_once(model, float(c.lr or 0)))
@@ -429,17 +564,11 @@ class _Run:
         c = self.config
         lightning.seed_everything(c.seed, workers=True, verbose=False)
         model.train()
-        frozen = hosts.attention_parameters(model) if c.recipe and RECIPES[c.recipe].frozen else []
-        for parameter in frozen:
-            parameter.requires_grad_(False)
         stage = TrainStage(self.task, model, self.data, c, self._schedule(lr, float(c.epochs or 0)))
         title = "finetune" if self.plan.converts else "train"
         # A folder for each trial: --resume must not go on with another one's checkpoint.
         folder = self.folder / f"lr-{lr:g}" if c.tune else self.folder
-        report = self._fit(stage, folder, f"{title} at {lr:g}" if c.tune else title, seed=c.seed)
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        return report
+        return self._fit(stage, folder, f"{title} at {lr:g}" if c.tune else title, seed=c.seed)
 
     def _fit(self, stage: TrainStage, folder: Path, title: str, *, seed: int) -> StageReport:
         c = self.config
@@ -455,12 +584,17 @@ class _Run:
 
     # ---- measuring ---------------------------------------------------------------------------------------------
 
-    def _test(self, model: nn.Module, title: str) -> tuple[float, dict[str, float], dict[int, float]]:
-        """The score, all metrics, and the score of every test example, counted through all test sets."""
+    def _test(self, model: nn.Module, title: str) -> tuple[float, dict[str, float], dict[int, float], int]:
+        """The score, all metrics, the score of every test example, counted through all test sets, and their number."""
         c = self.config
         model.eval()
         for counter in _floored(model):
             counter.zero_()
+        if not self.task.scored:
+            (split,) = self.data.tests.values()
+            layers = self._measure_fidelity(model, split).values()
+            value = fmean(kl for kl, _, _ in layers) if layers else 0.0  # all of them are softmax
+            return value, {self.task.dataset(str(c.dataset)).score: value}, {}, len(split)
         stage = TrainStage(self.task, model, self.data, c, self._schedule(1.0, 0))
         metrics: dict[str, float] = {}
         scores: dict[int, float] = {}
@@ -471,29 +605,34 @@ class _Run:
             prefix = "" if len(self.data.tests) == 1 else f"{name}/"
             metrics |= {f"{prefix}{metric}": value for metric, value in found.items()}
             scores |= {len(scores) + index: score for index, score in per_example.items()}
-        value = sum(values) / len(values)
-        return value, metrics | {stage.score_name: value}, scores
+        value = fmean(values)
+        return value, metrics | {stage.score_name: value}, scores, len(scores)
+
+    @property
+    def _fidelity_split(self) -> Split:
+        affordable = max(1, FIDELITY_TOKENS // int(self.config.max_len or 1))
+        return self.data.validation.first(min(FIDELITY_EXAMPLES, affordable))
 
     @torch.no_grad()
-    def _measure_fidelity(self, model: nn.Module) -> list[tuple[float, float, float]]:
+    def _measure_fidelity(self, model: nn.Module, split: Split) -> dict[str, tuple[float, float, float]]:
         """Per layer: KL, entropy of softmax, entropy of the attention. Every rank measures all of it."""
-        layers = {name: LayerFidelity() for name, slot in hosts.slots(model).items() if slot.attention.has_weights}
+        layers = {name: LayerFidelity() for name, slot in hosts.slots(model).items() if _is_measured(slot)}
         if not layers:
-            return []
-        split = self.data.validation.first(FIDELITY_EXAMPLES)
+            return {}
         device = next(model.parameters()).device
         model.eval()
+        size = min(16, int(self.config.batch_size or 1))
         with intercepted(model, dict(layers)):
-            for start in range(0, len(split), 16):
-                batch = self.data.collate([split.examples[i] for i in range(start, min(start + 16, len(split)))])
+            for start in range(0, len(split), size):
+                batch = self.data.collate([split.examples[i] for i in range(start, min(start + size, len(split)))])
                 encode(
                     model,
                     {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch["inputs"].items()},
                 )
-        return [layer.means() for layer in layers.values()]
+        return {name: layer.means() for name, layer in layers.items()}
 
     def _fidelity_before(self, model: nn.Module) -> Fidelity:
-        layers = self._measure_fidelity(model)
+        layers = self._measure_fidelity(model, self._fidelity_split).values()
         return Fidelity(
             kl_before=[kl for kl, _, _ in layers],
             kl_after=[],
@@ -504,7 +643,7 @@ class _Run:
         )
 
     def _fidelity_after(self, model: nn.Module, fidelity: Fidelity) -> None:
-        layers = self._measure_fidelity(model)
+        layers = self._measure_fidelity(model, self._fidelity_split).values()
         fidelity["kl_after"] = [kl for kl, _, _ in layers]
         fidelity["student_entropy_after"] = [entropy for _, _, entropy in layers]
         log.info(
@@ -558,6 +697,7 @@ class _Run:
             after_transfer=self.after_transfer,
             fidelity=self.fidelity,
             tuning=self.tuning,
+            layer_choice=self.layer_choice,
             cost=Cost(
                 params=_count(model),
                 params_added=self.params_added,
@@ -577,9 +717,25 @@ class _Run:
         )
 
 
+def _check_model_folder(folder: Path | None, *, key: str, force: bool) -> None:
+    """Refuse to replace what is not this run's model, before anything trains."""
+    if folder is None or not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not models.is_converted(folder):
+        raise UsageError(f"{folder} is there and holds no model of hhbench's: name another folder")
+    found = models.manifest(folder).get("run", {}).get("key")
+    if found != key and not force:
+        raise UsageError(f"{folder} holds another model (run {found}): name another folder, or add --force")
+
+
 def _safe(name: str) -> str:
     """A file name: a label may hold slashes and brackets."""
     return re.sub(r"[^\w.=,+-]", "_", name)
+
+
+def _is_measured(slot: hosts.AttentionSlot) -> bool:
+    """Whether a layer has a divergence from softmax: it has weights, and they aren't softmax's own."""
+    return slot.attention.has_weights and not slot.placement.is_softmax
 
 
 def _count(model: nn.Module) -> int:

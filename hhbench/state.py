@@ -18,7 +18,12 @@ class DecodingState:
 
     def select(self, rows: Tensor) -> Self:
         """The states of these rows of the batch, int64 [any]: what beam search asks for."""
-        return dataclasses.replace(self, **{name: t.index_select(0, rows) for name, t in self._tensors().items()})
+        chosen = {name: t.index_select(0, rows.to(t.device)) for name, t in self._tensors().items()}
+        return dataclasses.replace(self, **chosen)
+
+    @property
+    def batch_size(self) -> int:
+        return next(iter(self._tensors().values())).shape[0]
 
     def _tensors(self) -> dict[str, Tensor]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

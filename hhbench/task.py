@@ -7,7 +7,7 @@ and which number counts. Training, conversion, evaluation, results and tables ar
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from hhbench.registry import Registry
 
 Example = Mapping[str, Any]
 Batch = dict[str, Any]
+Kind = Literal["decoder", "encoder", "vision"]  # of a pretrained model
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,10 @@ class Task(ABC):
         average: whether the suite's mean is a table of its own, as GLUE's is.
         scores_pretrained: whether a pretrained model has a score before any training on the task (a language model
             does; a classifier's head is new).
+        scored: whether `step` and `metrics` say how good a model is. Where data have no labels there is attention
+            transfer alone, and what counts is the divergence from softmax that it leaves.
+        teaches: the kinds of pretrained models that its data can teach, each with the data set that does unless the
+            user names another, or None.
         regimes: which of hhbench's regimes make sense; the first is the default.
         version: raised whenever its results change.
     """
@@ -116,6 +121,8 @@ class Task(ABC):
     suites: ClassVar[Mapping[str, tuple[str, ...]]]
     average: ClassVar[bool] = False
     scores_pretrained: ClassVar[bool] = False
+    scored: ClassVar[bool] = True
+    teaches: ClassVar[Mapping[Kind, str | None]] = {}
     regimes: ClassVar[tuple[str, ...]] = REGIMES
     version: ClassVar[int] = 1
 

@@ -5,6 +5,7 @@ of the same seeded order: two processes take the step that one would.
 """
 
 import contextlib
+import inspect
 import logging
 import math
 import time
@@ -20,19 +21,22 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
 from hhbench.attention import OptimizerSettings
 from hhbench.config import RunConfig
-from hhbench.distill import TransferLoss, intercepted
+from hhbench.distill import Loss, TransferLoss, intercepted
 from hhbench.errors import HHBenchError, UsageError
-from hhbench.hosts import attention_parameters, slots
+from hhbench.hosts import attention_parameters, attentions, slots
 from hhbench.progress import Progress
 from hhbench.task import Batch, Example, Split, Task, TaskData
 
 log = logging.getLogger("hhbench")
+
+SECONDS_BETWEEN_CHECKPOINTS = 300.0  # what a machine that dies takes with it, at most
 
 
 # ---- ranks -----------------------------------------------------------------------------------------------------
@@ -214,22 +218,45 @@ def parameter_groups(model: nn.Module, parameters: Iterable[nn.Parameter], sched
 
 
 class _Stage(lightning.LightningModule):
-    """What training and transfer share: the optimizer and its schedule."""
+    """What training and transfer share: the optimizer, its schedule, and what a checkpoint holds.
+
+    A checkpoint holds what the stage changes, its optimizer's state with it, and nothing of what is frozen.
+    """
 
     def __init__(self, model: nn.Module, schedule: Schedule) -> None:
         super().__init__()
         self.model, self.schedule = model, schedule
         self.tokens = 0  # attended tokens that this rank trained on
+        self.strict_loading = False  # checkpoints lack what is frozen; `check` sees to it that they lack nothing else
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        changed = self._changed_names()
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name in changed}
         checkpoint["tokens"] = self.tokens
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.check(checkpoint)
         self.tokens = int(checkpoint.get("tokens", 0))
+
+    def check(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that holds more or less than this stage changes, or other shapes."""
+        found = {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()}
+        own = self.state_dict()
+        if found != {name: own[name].shape for name in self._changed_names()}:
+            raise HHBenchError("the checkpoint is of another model or of other settings: run without --resume")
 
     @abstractmethod
     def trained(self) -> list[dict[str, Any]]:
         """Parameter groups for the optimizer."""
+
+    @abstractmethod
+    def buffers_changed(self) -> Iterable[Tensor]:
+        """The buffers that may differ after this stage."""
+
+    def _changed_names(self) -> set[str]:
+        changed = {id(p) for group in self.trained() for p in group["params"]} | {id(b) for b in self.buffers_changed()}
+        return {name for name, tensor in self.state_dict(keep_vars=True).items() if id(tensor) in changed}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.AdamW(
@@ -244,7 +271,7 @@ class _Stage(lightning.LightningModule):
 
 
 class TrainStage(_Stage):
-    """Train every weight of the model on the task's loss, and test it.
+    """Train every weight of the model that isn't frozen on the task's loss, and test it.
 
     Attributes:
         metrics: of the last evaluation, by name.
@@ -261,6 +288,9 @@ class TrainStage(_Stage):
 
     def trained(self) -> list[dict[str, Any]]:
         return parameter_groups(self.model, self.model.parameters(), self.schedule)
+
+    def buffers_changed(self) -> Iterable[Tensor]:
+        return self.model.buffers()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         out = self.task.step(self.model, batch)
@@ -309,32 +339,51 @@ class TransferStage(_Stage):
 
     The layers' backward passes run inside the forward pass, which DDP's reducer can't see: gradients are averaged
     over ranks here.
+
+    Args:
+        model: a host. Layers whose attention has nothing to learn pass softmax's output on and count for nothing.
+        schedule: how it is optimised.
+        loss, queries: see `TransferLoss`. What is drawn at a step is a function of the seed, the rank and the step.
+
+    Raises:
+        HHBenchError: no layer has anything to learn.
     """
 
     automatic_optimization = False
 
-    def __init__(self, model: nn.Module, schedule: Schedule) -> None:
+    def __init__(self, model: nn.Module, schedule: Schedule, loss: Loss = "weights", queries: int = 0) -> None:
         super().__init__(model, schedule)
-        self.losses = {name: TransferLoss() for name in slots(model)}
+        self.draws = torch.Generator()
+        self.losses = {name: TransferLoss(loss=loss, queries=queries, generator=self.draws) for name in slots(model)}
+        hosted = slots(model).items()
+        self.taught = [name for name, s in hosted if any(p.requires_grad for p in s.attention.parameters())]
+        if not self.taught:
+            raise HHBenchError("no layer has anything to learn by attention transfer: leave the transfer stage out")
         self.accumulation = 1  # forward passes per step; Lightning counts them for automatic optimization only
 
     def trained(self) -> list[dict[str, Any]]:
         return parameter_groups(self.model, attention_parameters(self.model), self.schedule)
 
+    def buffers_changed(self) -> Iterable[Tensor]:
+        return (buffer for attention in attentions(self.model) for buffer in attention.buffers())
+
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         self.model.eval()  # nothing is dropped out: each layer mimics the softmax that will be used
-        if batch_idx % self.accumulation == 0:
+        part = batch_idx % self.accumulation
+        if part == 0:
             optimizer.zero_grad()  # type: ignore[union-attr]
+        draw = (self.global_step * self.accumulation + part) * world_size() + rank()
+        self.draws.manual_seed((torch.initial_seed() + 1_000_003 * draw) % 2**63)
         queries = attended_tokens(batch)
         self.tokens += queries
         everywhere = summed_over_ranks(queries, self.device)
-        weight = world_size() / (len(self.losses) * everywhere * self.accumulation)
+        weight = world_size() / (len(self.taught) * everywhere * self.accumulation)
         for loss in self.losses.values():
             loss.weight = weight
         with torch.no_grad(), intercepted(self.model, dict(self.losses)):
             encode(self.model, batch["inputs"])
-        total = torch.stack([loss.total for loss in self.losses.values()]).mean() / queries
+        total = torch.stack([self.losses[name].total for name in self.taught]).mean() / queries
         if not torch.isfinite(total):
             raise HHBenchError(
                 f"the transfer loss is {float(total)} at step {self.global_step}: try a lower --transfer-lr or "
@@ -357,11 +406,13 @@ class TransferStage(_Stage):
 
 
 def encode(model: nn.Module, inputs: Batch) -> None:
-    """Run a host up to its last hidden state, without its head: transfer needs no logits."""
+    """Run a host up to its last hidden state, without its head and its cache: transfer needs neither."""
     if hasattr(model, "forward_features"):
         model.forward_features(**inputs)  # type: ignore[operator]
-    else:
-        getattr(model, "base_model", model)(**inputs)
+        return
+    base = getattr(model, "base_model", model)
+    cached = "use_cache" in inspect.signature(base.forward).parameters
+    base(**(inputs | ({"use_cache": False} if cached else {})))
 
 
 def attended_tokens(batch: Batch) -> int:
@@ -418,20 +469,91 @@ class _Clock(Callback):
         self.seconds, self._since = self.seconds + time.perf_counter() - self._since, 0.0
 
 
-class _SaveOnInterrupt(Callback):
-    """Ctrl-C keeps what was learned so far."""
+class _Checkpoints(Callback):
+    """Keeps `last.ckpt`, every few minutes, on Ctrl-C and on SIGTERM: whatever ends a stage, it can go on.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    It is written aside and then renamed, between two optimizer steps, with the state of torch's generators: what is
+    dropped out after it is what would have been.
+
+    Args:
+        path: of the checkpoint.
+        accumulation: batches per optimizer step.
+    """
+
+    def __init__(self, path: Path, accumulation: int) -> None:
+        self.path, self.accumulation = path, accumulation
+        self._saved = 0.0
+        self._generators: dict[str, Tensor] = {}  # as they were between the last two steps
+        self._resumed: dict[str, Tensor] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self._generators)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resumed = state_dict
+
+    def on_train_start(self, *args: Any) -> None:
+        self._saved = time.monotonic()
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx % self.accumulation:
+            return
+        _set_generators(self._resumed)
+        self._resumed, self._generators = {}, _generators()
+        # Validation and the order of a new epoch lie behind: nothing is between this and the step.
+        due = rank() == 0 and time.monotonic() - self._saved >= SECONDS_BETWEEN_CHECKPOINTS
+        if summed_over_ranks(float(due), module.device) and trainer.global_step:
+            self._save(trainer)
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % self.accumulation == 0:
+            self._generators = _generators()
+
+    def on_validation_end(self, *args: Any) -> None:
+        self._generators = _generators()
 
     def on_exception(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        if isinstance(exception, KeyboardInterrupt) and trainer.global_step:
-            # Lightning counts the batch that was cut short, and would validate a step early ever after.
-            batches = trainer.fit_loop.epoch_loop.batch_progress.total
-            batches.ready = batches.completed
-            trainer.save_checkpoint(self.path)
+        if isinstance(exception, KeyboardInterrupt | SIGTERMException) and trainer.global_step:
+            self._save(trainer)
+
+    def _save(self, trainer: lightning.Trainer) -> None:
+        # Lightning counts the batch that is under way, and would validate a step early ever after; gradients of a step
+        # that was begun are lost, so that all its batches are to come again.
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        kept = progress.state_dict()
+        begun = progress.current.completed % self.accumulation
+        for counts in (progress.current, progress.total):
+            counts.completed -= begun
+        progress.total.ready = progress.total.completed
+        aside = self.path.with_suffix(".part")
+        try:
+            trainer.save_checkpoint(aside)
+            if rank() == 0:
+                aside.replace(self.path)
+        except OSError as error:  # a full disk costs the checkpoint, not the run
+            log.warning("%s can't be written: %s", self.path, error)
+            aside.unlink(missing_ok=True)
+            barrier()  # the others wait in save_checkpoint
+        progress.load_state_dict(kept)
+        self._saved = time.monotonic()
+
+
+def _generators() -> dict[str, Tensor]:
+    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    return {"cpu": torch.get_rng_state(), **cuda}
+
+
+def _set_generators(states: dict[str, Tensor]) -> None:
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"].cpu())
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"].cpu())
 
 
 def _skip_taken(batches: Batches, checkpoint: Path) -> None:
@@ -455,8 +577,8 @@ def fit(
     """Train one stage; with a validation loader, the model ends with the weights of its best epoch.
 
     Args:
-        folder: for checkpoints and curves. An interrupted stage leaves `last.ckpt` there, from which
-            `config.resume` goes on.
+        folder: for checkpoints and curves. A stage leaves `last.ckpt` there when it is interrupted, and every few
+            minutes before that; `config.resume` goes on from it.
         title: what the progress bar says.
     """
     batches_per_step = _accumulation(config)
@@ -470,7 +592,7 @@ def fit(
         stage.accumulation = batches_per_step
     last = folder / "last.ckpt"
     clock = _Clock()
-    callbacks: list[Callback] = [Progress(title, steps), clock, _SaveOnInterrupt(last)]
+    callbacks: list[Callback] = [Progress(title, steps), clock, _Checkpoints(last, batches_per_step)]
     best = None
     if validation is not None:
         assert isinstance(stage, TrainStage)
@@ -481,6 +603,7 @@ def fit(
             mode="max" if higher_is_better else "min",
             save_weights_only=True,
             save_on_train_epoch_end=False,
+            enable_version_counter=False,  # one file: an older one may be what a resumed run falls back on
         )
         callbacks.append(best)
     with _quiet():
@@ -505,12 +628,13 @@ def fit(
         with _interruptible():
             trainer.fit(stage, train, validation, ckpt_path=resume, weights_only=True)
     if best is not None and best.best_model_path:
-        state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
-        stage.load_state_dict(state)
+        kept = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
+        stage.check(kept)
+        stage.load_state_dict(kept["state_dict"], strict=False)
     barrier()
     if rank() == 0:
-        for path in folder.glob("*.ckpt"):
-            path.unlink()
+        for path in (*folder.glob("*.ckpt"), last.with_suffix(".part")):
+            path.unlink(missing_ok=True)
     tokens = int(
         summed_over_ranks(stage.tokens, torch.device("cpu") if not torch.cuda.is_available() else stage.device)
     )

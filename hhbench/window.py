@@ -45,10 +45,22 @@ def _places(
 
 
 def distances(
-    key_mask: Tensor | None, *, causal: bool, num_queries: int, num_keys: int, device: torch.device
+    key_mask: Tensor | None,
+    *,
+    causal: bool,
+    num_queries: int,
+    num_keys: int,
+    device: torch.device,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """i - j for every query and key, [R, N, M], and which keys are attended, [B, 1, M]."""
-    queries, keys = _places(key_mask, causal=causal, num_queries=num_queries, num_keys=num_keys, device=device)
+    """i - j for every query and key, [R, N, M], and which keys are attended, [B, 1, M].
+
+    `positions` [B, M] say where the tokens stand if they come in another order.
+    """
+    if positions is None:
+        queries, keys = _places(key_mask, causal=causal, num_queries=num_queries, num_keys=num_keys, device=device)
+    else:
+        queries, keys = positions[:, num_keys - num_queries :], positions
     return queries[:, :, None] - keys[:, None, :], None if key_mask is None else key_mask[:, None, :]
 
 

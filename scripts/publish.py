@@ -1,7 +1,9 @@
-"""Write the committed tables and their plot from the result files in docs/results.
+"""Write the committed tables and their plots from the result files in docs/results.
 
-python scripts/publish.py                 rewrite the tables of README.md and docs/mini.md, and docs/mini.png
-python scripts/publish.py runs            first copy every result below runs/ to docs/results
+python scripts/publish.py                     rewrite the tables of README.md, docs/mini.md and docs/conversions.md, and
+                                              the plots beside them
+python scripts/publish.py mini runs           first copy every result below runs/ to docs/results/mini
+python scripts/publish.py conversions runs    and here to docs/results/conversions
 """
 
 import math
@@ -21,37 +23,45 @@ from hhbench.attention import ATTENTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
-START, END = "<!-- tables: hhbench leaderboard docs/results -->\n", "<!-- end of tables -->"
+SETS = ("mini", "conversions")  # folders of results, each with a page and a plot of its name
+START, END = "<!-- tables: hhbench leaderboard docs/results/{} -->\n", "<!-- end of tables -->"
 
 
-def collect(runs: Path) -> None:
+def collect(name: str, runs: Path) -> None:
     """Copy results, with their scores per example, under a name that says what they are."""
     for path in sorted(runs.rglob(result.FILE_NAME)):
         one = result.load(path)
         recipe = f"-{one.attention['recipe']}" if one.attention["recipe"] else ""
         seed = one.config["seed"]
-        name = f"{one.task['name']}-{one.task['title']}-{one.attention['label']}{recipe}-s{seed}"
-        shutil.copyfile(path, RESULTS / f"{name}.result.json")
-        shutil.copyfile(path.with_name("examples.npz"), RESULTS / f"{name}.examples.npz")
+        with_lora = "-lora" if one.config.get("lora") else ""
+        title = f"{one.task['name']}-{one.task['title']}-{one.attention['label']}{recipe}{with_lora}-s{seed}"
+        shutil.copyfile(path, RESULTS / name / f"{title}.result.json")
+        shutil.copyfile(path.with_name("examples.npz"), RESULTS / name / f"{title}.examples.npz")
 
 
-def pages() -> dict[Path, str]:
-    """The tables of each page that has some: all of them, and for the front page those of averages."""
-    tables = leaderboard.tables(result.find(RESULTS)[0])
-    averages = [table for table in tables if table.parts]
-    return {ROOT / "docs" / "mini.md": leaderboard.render(tables), ROOT / "README.md": leaderboard.render(averages)}
+def pages() -> dict[tuple[Path, str], str]:
+    """The tables of each page that has some, by the page and its marker: all of a set's, and on the front page the
+    averages of the first.
+    """
+    made = {}
+    for name in SETS:
+        tables = leaderboard.tables(result.find(RESULTS / name)[0])
+        made[ROOT / "docs" / f"{name}.md", START.format(name)] = leaderboard.render(tables)
+        if averages := [table for table in tables if table.parts]:
+            made[ROOT / "README.md", START.format(name)] = leaderboard.render(averages)
+    return made
 
 
 def fill_pages() -> None:
-    for page, tables in pages().items():
-        before, _, rest = page.read_text().partition(START)
+    for (page, start), tables in pages().items():
+        before, _, rest = page.read_text().partition(start)
         _, _, after = rest.partition(END)
-        page.write_text(f"{before}{START}\n{tables}\n{END}{after}")
+        page.write_text(f"{before}{start}\n{tables}\n{END}{after}")
 
 
-def plot() -> None:
+def plot(name: str) -> None:
     """One panel a table: a line for each attention and recipe, every seed a dot, the mean a bar, the teacher dashed."""
-    found, _ = result.find(RESULTS)
+    found, _ = result.find(RESULTS / name)
     titles = sorted({(r.task["name"], r.task["title"]) for r in found})
     longest = max(
         len({(r.attention["label"], r.attention["recipe"]) for r in found if r.task["title"] == t}) for _, t in titles
@@ -95,12 +105,12 @@ def plot() -> None:
         fontsize=8,
     )
     figure.tight_layout(rect=(0, 0.03, 1, 1))
-    figure.savefig(ROOT / "docs" / "mini.png", dpi=110)
+    figure.savefig(ROOT / "docs" / f"{name}.png", dpi=110)
 
 
 if __name__ == "__main__":
-    RESULTS.mkdir(parents=True, exist_ok=True)
     if len(sys.argv) > 1:
-        collect(Path(sys.argv[1]))
+        collect(sys.argv[1], Path(sys.argv[2]))
     fill_pages()
-    plot()
+    for each in SETS:
+        plot(each)

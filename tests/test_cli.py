@@ -16,7 +16,8 @@ import pytest
 from hhbench import cli
 from hhbench.cli import main
 from hhbench.data import OFFLINE_SWITCHES
-from hhbench.tasks.glue import MINILM, MOVIE_REVIEWS, SNLI
+from hhbench.pretrained import MINILM
+from hhbench.tasks.glue import MOVIE_REVIEWS, SNLI
 
 COMMANDS = sorted(set(cli.EXAMPLES) - {None})
 HEAVY = ("torch", "lightning", "transformers", "timm", "datasets", "numpy")
@@ -351,7 +352,7 @@ def test_an_unforeseen_error_is_one_line(call, monkeypatch):
     ("what", "names"),
     [
         ("attentions", ["softmax", "hedgehog", "t2r", "elu"]),
-        ("tasks", ["glue", "imagenet", "lm", "recall"]),
+        ("tasks", ["glue", "imagenet", "lm", "recall", "summarization"]),
         ("datasets", ["movie-reviews", "snli", "cola", "mnli", "wikipedia", "wikitext103", "digits", "cifar10",
                       "imagenet-1k", "ar", "mqar"]),
         ("presets", ["mini", "paper", "minilm", "bert-base-uncased"]),

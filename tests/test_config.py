@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hhbench.config import PRESETS, RECIPES, REGIMES, RunConfig, option_value
+from hhbench.config import PRESETS, RECIPES, REGIMES, RunConfig, option_value, split_label
 from hhbench.errors import UsageError
 
 FIELDS = {field.name: field for field in dataclasses.fields(RunConfig)}
@@ -37,6 +37,9 @@ def test_every_setting_says_what_it_is(name):
         ({"batch_size": 0}, "--batch-size"), ({"micro_batch_size": 0}, "--micro-batch-size"),
         ({"max_len": 0}, "--max-len"), ({"dropout": 1.0}, "--dropout"), ({"warmup": -0.1}, "--warmup"),
         ({"devices": 0}, "--devices"), ({"workers": -1}, "--workers"), ({"task": ""}, "--task is needed"),
+        ({"keep_layers": "auto"}, "--keep-layers"), ({"keep_layers": "auto:0"}, "--keep-layers"),
+        ({"keep_layers": "0;1"}, "--keep-layers"), ({"window": 0}, "--window"), ({"queries": -1}, "--queries"),
+        ({"transfer_loss": "wieghts"}, "Did you mean 'weights'"),
         ({"attn": ""}, "--attn is needed"), ({"tune": (-1.0,)}, "--tune"), ({"tune": (float("nan"),)}, "--tune"),
     ],
     ids=str,
@@ -69,6 +72,11 @@ settings = st.fixed_dictionaries(
         "out": st.sampled_from([Path("runs"), Path("/somewhere/else")]),
         "data_folder": st.sampled_from([None, Path("here")]),
         "force": st.booleans(),
+        "layers": st.sampled_from([(), (("0", "softmax"), ("2-5", "taylor[project_to=16]")), (("-1", "a[b=1,c=x]"),)]),
+        "keep_layers": st.sampled_from([None, "0", "0,-1", "auto:3"]),
+        "window": st.sampled_from([None, 8]),
+        "queries": st.sampled_from([0, 64]),
+        "model_folder": st.sampled_from([None, Path("kept")]),
     },
 )
 
@@ -95,13 +103,19 @@ def test_yaml_spells_numbers_in_several_ways():
         "bias": True,
     }
     assert RunConfig.from_dict(BASE | {"lr": None}).lr is None
+    layers = (("0", "softmax"), ("3-5", "taylor[project_to=16,tie_qk=true]"))
+    assert RunConfig.from_dict(BASE | {"layers": dict(layers)}).layers == layers
+    assert RunConfig.from_dict(BASE | {"layers": "0=softmax,3-5=taylor[project_to=16,tie_qk=true]"}).layers == layers
+    assert RunConfig.from_dict(BASE | {"layers": {0: "softmax"}}).layers == (("0", "softmax"),)
+    assert RunConfig.from_dict(BASE | {"keep_layers": [0, -1]}).keep_layers == "0,-1"
+    assert RunConfig.from_dict(BASE | {"keep-layers": 3}).keep_layers == "3"
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
         {"lr": "fast"}, {"seed": 1.5}, {"seed": "one"}, {"tune": ["a"]}, {"tune": "a"}, {"option": "activation"},
-        {"option": [1]}, {"bach_size": 8}, {"force": "no"}, {"lr": [1]}, {"batch_size": float("inf")},
+        {"option": [1]}, {"layers": "softmax"}, {"layers": {"a": "softmax"}}, {"layers": "0="}, {"bach_size": 8}, {"force": "no"}, {"lr": [1]}, {"batch_size": float("inf")},
     ],
     ids=str,
 )  # fmt: skip
@@ -122,9 +136,28 @@ def test_option_values_are_what_they_look_like(text, value):
     assert type(found) is type(value)
 
 
+def test_a_label_is_a_name_and_its_options():
+    assert split_label("elu") == ("elu", {})
+    assert split_label("hedgehog[activation=exp,bias=true]") == ("hedgehog", {"activation": "exp", "bias": True})
+    for wrong in ("hedgehog[bias", "[bias=true]", "hedgehog[]", "hedgehog[bias]"):
+        with pytest.raises(UsageError):
+            split_label(wrong)
+
+
+def test_a_newer_setting_is_in_the_identity_only_when_it_is_used():
+    """Results from before it was there keep their keys."""
+    newer = {"window": 8, "layers": (("0", "softmax"),), "keep_layers": "0", "lora": "r=4", "queries": 8,
+             "transfer_loss": "both"}  # fmt: skip
+    assert {name for name, field in FIELDS.items() if field.metadata["silent"]} == newer.keys()
+    assert not newer.keys() & RunConfig(**BASE).identity().keys()
+    for name, value in newer.items():
+        assert newer.keys() & RunConfig(**BASE, **{name: value}).identity().keys() == {name}
+
+
 def test_identity_holds_what_changes_a_number_and_nothing_else():
     config = RunConfig(**BASE)
-    assert set(config.identity()) == {name for name, field in FIELDS.items() if field.metadata["changes_result"]}
+    expected = {n for n, f in FIELDS.items() if f.metadata["changes_result"] and not f.metadata["silent"]}
+    assert set(config.identity()) == expected
     assert not {"devices", "num_nodes", "workers", "out", "logger", "resume", "force", "accelerator"} & set(
         config.identity()
     )

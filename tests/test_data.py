@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -192,8 +193,9 @@ def test_package_file_says_what_it_is():
     values |= {"licence": "MIT", "holds": "x"}
     assert PackageFile(**values, filename="x-1-py3-none-any.whl").kind == "wheel"
     assert PackageFile(**values, filename="x-1.tar.gz").kind == "sdist"
+    assert PackageFile(**values, filename="x_1~a-1_all.deb").kind == "deb"
     for filename in ("x-1.whl", "x-1.exe", "../x-1.tar.gz", "a/x-1-py3-none-any.whl"):
-        with pytest.raises(UsageError, match="no name of a wheel or an sdist"):
+        with pytest.raises(UsageError, match="no name of a wheel, an sdist or a Debian package"):
             PackageFile(**values, filename=filename)
     with pytest.raises(UsageError, match="64 small hex digits"):
         PackageFile(**(values | {"sha256": "ABC"}), filename="x-1.tar.gz")
@@ -353,6 +355,137 @@ def test_interpreter_without_pip(registry, tmp_path):
     assert out.strip() == str(data.archive_path(file))
 
 
+# A package of Debian: apt is the real one, fed from a folder that it takes for its only archive.
+
+
+def make_deb(folder: Path, members: dict[str, bytes] = MEMBERS, compression: str = "xz") -> PackageFile:
+    def packed(contents: dict[str, bytes]) -> bytes:
+        stream = io.BytesIO()
+        with tarfile.open(fileobj=stream, mode=f"w:{compression}") as archive:
+            for name, content in contents.items():
+                entry = tarfile.TarInfo(f"./{name}")
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+        return stream.getvalue()
+
+    fields = "Package: toy\nVersion: 1.0~a-1\nArchitecture: all\nMaintainer: nobody <no@body>\nDescription: toys\n"
+    path = folder / "toy_1.0~a-1_all.deb"
+    with path.open("wb") as deb:
+        deb.write(b"!<arch>\n")
+        for name, content in {
+            "debian-binary": b"2.0\n",
+            f"control.tar.{compression}": packed({"control": fields.encode()}),
+            f"data.tar.{compression}": packed(members),
+        }.items():
+            header = f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(content):<10}`\n"
+            deb.write(header.encode() + content + b"\n" * (len(content) % 2))
+    file = dataclasses.replace(pinned(path), version="1.0~a-1")
+    index = fields + f"Filename: ./{path.name}\nSize: {path.stat().st_size}\nSHA256: {file.sha256}\n"
+    (folder / "Packages").write_text(index)
+    return file
+
+
+@pytest.fixture
+def debian(registry, tmp_path, monkeypatch):
+    """A folder that apt takes for Debian's archive. Call the fixture's value once the folder is filled."""
+    if shutil.which("apt-get") is None:
+        pytest.skip("this machine has no apt")
+    for part in ("lists/partial", "cache/archives/partial", "etc"):
+        (tmp_path / "apt" / part).mkdir(parents=True)
+    (tmp_path / "apt" / "status").touch()
+    (tmp_path / "apt" / "sources.list").write_text(f"deb [trusted=yes] file:{registry} ./\n")
+    settings = {
+        "Dir::Etc": tmp_path / "apt" / "etc",
+        "Dir::Etc::SourceList": tmp_path / "apt" / "sources.list",
+        "Dir::State::Lists": tmp_path / "apt" / "lists",
+        "Dir::State::Status": tmp_path / "apt" / "status",
+        "Dir::Cache": tmp_path / "apt" / "cache",
+        "APT::Architecture": "amd64",
+    }
+    (tmp_path / "apt.conf").write_text("".join(f'{name} "{value}";\n' for name, value in settings.items()))
+    monkeypatch.setenv("APT_CONFIG", str(tmp_path / "apt.conf"))
+    return lambda: subprocess.run(["apt-get", "update"], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("compression", ["xz", "gz"])
+def test_debian_package_is_fetched_and_read(registry, debian, compression):
+    file = make_deb(registry, compression=compression)
+    debian()
+    assert data.status(file) == "missing"
+    assert data.fetch(file) == data.archive_path(file)
+    assert data.status(file) == "ready"
+    assert data.read(file, "toy/data/deep/b.bin") == NOISE
+    folder = data.unpack(file, "toy/data")
+    assert {p.name for p in folder.rglob("*") if p.is_file()} == {"a.txt", "b.bin"}
+    assert not list((data.cache_dir() / "downloads").iterdir())
+
+
+def test_debian_package_that_apt_does_not_have(registry, debian):
+    file = make_deb(registry)
+    debian()
+    with pytest.raises(DataError, match=r"apt says: Version '2' for 'toy' was not found.* by hand\."):
+        data.fetch(dataclasses.replace(file, version="2"))
+    with pytest.raises(DataError, match=re.escape(file.filename)):
+        data.fetch(dataclasses.replace(file, sha256="0" * 64))
+
+
+def test_debian_package_put_there_by_hand(registry, monkeypatch, tmp_path):
+    file = make_deb(registry)
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    with pytest.raises(DataError, match=rf"apt-get, which this machine does not have.*{file.sha256} at "):
+        data.fetch(file)
+    data.archive_path(file).parent.mkdir(parents=True)
+    (registry / file.filename).rename(data.archive_path(file))
+    assert data.read(file, "toy/data/a.txt") == b"alpha"
+
+
+@pytest.mark.parametrize("content", [b"no archive", b"!<arch>\n", b"!<arch>\ncut short"])
+def test_no_debian_package(registry, content):
+    path = registry / "toy_1.0_all.deb"
+    path.write_bytes(content)
+    file = pinned(path)
+    data.archive_path(file).parent.mkdir(parents=True)
+    path.rename(data.archive_path(file))
+    with pytest.raises(DataError, match="is no Debian package"):
+        data.read(file, "toy/data/a.txt")
+
+
+# What is made from an archive once.
+
+
+def test_a_folder_is_made_once_whole_and_checked(registry, caplog):
+    made = []
+
+    def make(folder: Path) -> None:
+        made.append(folder)
+        (folder / "source.gguf").write_bytes(NOISE)
+        (folder / "weights").write_bytes(NOISE[::-1])
+        (folder / "weights").chmod(0o600)
+        (folder / "source.gguf").unlink()
+
+    folder = data.made_folder("toys-1", make)
+    assert folder == data.cache_dir() / "made" / "toys-1" / "files"
+    assert data.made_folder("toys-1", make) == folder
+    assert len(made) == 1
+    assert [path.name for path in folder.iterdir()] == ["weights"]
+    assert os.name == "nt" or (folder / "weights").stat().st_mode & 0o444 == 0o444
+    (folder / "weights").write_bytes(b"something else")
+    assert data.made_folder("toys-1", make) == folder
+    assert (folder / "weights").read_bytes() == NOISE[::-1]
+    assert len(made) == 2
+    assert caplog.messages == [f"in {folder.parent} weights has changed: making it again"]
+
+
+def test_a_folder_that_could_not_be_made_is_not_there(registry):
+    def fill(folder: Path) -> None:
+        (folder / "weights").write_bytes(NOISE)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(DataError, match=r"toys-1 can't be made in .*: No space left on device"):
+        data.made_folder("toys-1", fill)
+    assert not list((data.cache_dir() / "made").iterdir())
+
+
 def test_two_processes_fetch_once(registry, tmp_path):
     file = pinned(make_sdist(registry))
     code = (
@@ -437,7 +570,7 @@ def test_tampered_folder_is_named_and_unpacked_again(registry, caplog, monkeypat
     tamper(folder)
     assert data.unpack(file, "toy/data") == folder
     assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
-        f"toys: in {folder.parent} {named}: unpacking it again"
+        f"in {folder.parent} {named}: making it again"
     ]
     found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     assert found == {"a.txt": b"alpha", "deep/b.bin": NOISE}

@@ -1,18 +1,22 @@
 """Attention transfer: what is taught, that nothing else changes, and the numbers of the fidelity report."""
 
 import copy
+import gc
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import transformers as tf
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from hhbench import distill, hosts
-from hhbench.attention import Attention, MixerShape, build_attention
-from hhbench.distill import LayerFidelity, TransferLoss, intercepted
+from hhbench.attention import ATTENTIONS, Attention, FeatureMap, LinearAttention, MixerShape, build_attention
+from hhbench.distill import LayerFidelity, TransferLoss, draw_blocks, intercepted
+from hhbench.errors import HHBenchError, UsageError
 from hhbench.hosts import AttentionSlot, Placement
 from hhbench.train import encode
 
@@ -54,9 +58,11 @@ def num_queries(inputs: dict[str, Tensor]) -> int:
     return int(inputs["attention_mask"].sum())
 
 
-def backward(model: nn.Module, inputs: dict[str, Tensor], *, weight: float = 1.0) -> dict[str, TransferLoss]:
+def backward(
+    model: nn.Module, inputs: dict[str, Tensor], *, weight: float = 1.0, **arguments: Any
+) -> dict[str, TransferLoss]:
     """One pass of attention transfer: gradients lie in the maps afterwards."""
-    losses = {name: TransferLoss(weight=weight) for name in hosts.slots(model)}
+    losses = {name: TransferLoss(weight=weight, **arguments) for name in hosts.slots(model)}
     with torch.no_grad(), intercepted(model, dict(losses)):
         encode(model, inputs)
     return losses
@@ -207,6 +213,214 @@ def test_padding_changes_no_gradient():
             torch.testing.assert_close(parameter.grad, gradient, atol=1e-10, rtol=1e-10)
 
 
+def roughened(model: nn.Module) -> nn.Module:
+    """In float64, with maps off their start."""
+    model.double()
+    with torch.no_grad():
+        for parameter in hosts.attention_parameters(model):
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    return [parameter.grad.clone() for parameter in hosts.attention_parameters(model)]
+
+
+@pytest.mark.parametrize("loss", ["output", "both"])
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("mask", ["all", "right", "left"])
+def test_the_output_is_taught_too(family, loss, mask, monkeypatch):
+    """Against the student's own forward pass and one graph; with the weights, a thousand times."""
+    model, inputs = roughened(make_host(family, 2, "hedgehog")), make_inputs(mask)
+    seen = watched(model, inputs)
+    key_mask = inputs["attention_mask"].bool()
+    expected, parameters = {}, hosts.attention_parameters(model)
+    for name, slot in hosts.slots(model).items():
+        q, k, v, _ = seen[name]
+        softmax = build_attention("softmax", slot.attention.shape).eval()(q, k, v, key_mask=key_mask)
+        errors = (slot.attention(q, k, v, key_mask=key_mask) - softmax).square().mean(-1).mean(1)
+        expected[name] = errors[key_mask].sum()
+        if loss == "both":
+            expected[name] = 1000 * expected[name] + loss_by_hand("hedgehog", slot.attention, q, k, key_mask)
+    by_hand = torch.autograd.grad(0.1 * sum(expected.values()), parameters)
+    for block in (256, 5):
+        monkeypatch.setattr(distill, "QUERY_BLOCK", block)
+        model.zero_grad()
+        found = backward(model, inputs, weight=0.1, loss=loss)
+        for name, value in expected.items():
+            assert float(found[name].total) == pytest.approx(float(value.detach()), rel=1e-9)
+        for found_gradient, gradient in zip(gradients(model), by_hand, strict=True):
+            assert gradient.abs().max() > 0
+            torch.testing.assert_close(found_gradient, gradient, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("attn,options", [("hedgehog", {}), ("hedgehog-window", {"window": 3}), ("t2r", {})])
+@pytest.mark.parametrize("mask", ["all", "right", "left"])
+def test_blocks_of_queries_that_see_every_key_are_those_of_whole_rows(attn, options, mask, monkeypatch):
+    model, inputs = roughened(make_host("bert", 2, attn, **options)), make_inputs(mask)
+    monkeypatch.setattr(distill, "QUERY_BLOCK", 5)
+    blocked = backward(model, inputs, loss="both")
+    found = gradients(model)
+    model.zero_grad()
+    for slot in hosts.slots(model).values():
+        monkeypatch.setattr(type(slot.attention), "ordered_by_positions", False)
+    whole = backward(model, inputs, loss="both")
+    for name, loss in whole.items():
+        assert float(blocked[name].total) == pytest.approx(float(loss.total), rel=1e-10)
+    for one, other in zip(found, gradients(model), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
+
+
+PARTS = {name: ATTENTIONS.get(name).part for name in ATTENTIONS.names()}
+
+
+def in_any_order() -> list[str]:
+    """The attentions that say that they know the order of tokens by their positions alone."""
+    classes = {name: LinearAttention if issubclass(part, FeatureMap) else part for name, part in PARTS.items()}
+    return [name for name, part in classes.items() if getattr(part, "ordered_by_positions", False)]
+
+
+@pytest.mark.parametrize("attn", in_any_order())
+def test_tokens_in_another_order_with_their_positions(attn, make_shape):
+    """The weights are those of the tokens in their own order."""
+    shape, options = make_shape(causal=False), {"window": 3} if "window" in attn else {}
+    attention = build_attention(attn, shape, **options).double().eval()
+    q, k, _ = random_qkv(shape, length=9)
+    key_mask = torch.tensor([[True] * 9, [False] + [True] * 6 + [False] * 2])
+    positions = (key_mask.long().cumsum(-1) - 1).clamp_min(0)
+    order = torch.randperm(9)
+    whole = attention.weights(q, k, key_mask=key_mask)
+    keys, mask, places = k[:, :, order], key_mask[:, order], positions[:, order]
+    found = attention.weights(q[:, :, order[-4:]], keys, key_mask=mask, positions=places)
+    expected, asked = whole[:, :, order[-4:]][..., order], mask[:, None, -4:, None]
+    torch.testing.assert_close(found * asked, expected * asked, atol=1e-12, rtol=1e-12)
+
+
+def test_the_kinds_of_loss():
+    with pytest.raises(UsageError, match=r"no transfer loss named 'weight'. Did you mean 'weights'"):
+        TransferLoss(loss="weight")
+
+
+# --- a sample of the queries ---
+
+
+def choices(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]) -> list[Any]:
+    """What `run` gives for every choice of blocks that may be drawn; each layer draws the same ones."""
+    asked: set[tuple[int, int]] = set()
+
+    def note(count: int, taken: int, generator: Any) -> list[int]:
+        asked.add((count, taken))
+        return list(range(taken))
+
+    monkeypatch.setattr(distill, "draw_blocks", note)
+    run()
+    ((count, taken),) = asked
+    assert 0 < taken < count
+    found = []
+    for drawn in itertools.combinations(range(count), taken):
+        monkeypatch.setattr(distill, "draw_blocks", lambda *_, drawn=drawn: list(drawn))
+        found.append(run())
+    return found
+
+
+@pytest.mark.parametrize("loss", ["weights", "output", "both"])
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("mask", ["all", "right", "left"])
+def test_a_sample_s_mean_is_the_whole_loss(family, loss, mask, monkeypatch):
+    """Over all choices of 2 of 3 blocks, of 5, 5 and 2 queries."""
+    model, inputs = roughened(make_host(family, 2, "hedgehog")), make_inputs(mask)
+    names = list(hosts.slots(model))
+
+    def run(**arguments: Any) -> tuple[Tensor, list[Tensor]]:
+        model.zero_grad()
+        losses = backward(model, inputs, weight=0.3, loss=loss, **arguments)
+        return torch.stack([losses[name].total for name in names]), gradients(model)
+
+    monkeypatch.setattr(distill, "SAMPLED_BLOCK", 5)
+    total, whole = run()
+    found = choices(monkeypatch, lambda: run(queries=10))
+    assert len(found) == 3
+    assert not torch.allclose(found[0][0], total)
+    torch.testing.assert_close(torch.stack([t for t, _ in found]).mean(0), total, atol=1e-9, rtol=1e-9)
+    for index, gradient in enumerate(whole):
+        mean = torch.stack([g[index] for _, g in found]).mean(0)
+        torch.testing.assert_close(mean, gradient, atol=1e-9, rtol=1e-9)
+
+
+def test_a_sample_of_outputs_has_the_mean_of_all(make_shape, monkeypatch):
+    shape = make_shape()
+    slot = make_slot(Gate(shape).double())
+    q, k, v = random_qkv(shape)
+    key_mask = torch.arange(6) < torch.tensor([[6], [4]])
+
+    def run(queries: int = 3) -> Tensor:
+        slot.attention.gain.grad = None
+        loss = TransferLoss(queries=queries)
+        loss(slot, q, k, v, key_mask)
+        return torch.cat([loss.total[None], slot.attention.gain.grad.flatten()])
+
+    whole = run(0)
+    assert torch.equal(run(6), whole)
+    monkeypatch.setattr(distill, "SAMPLED_BLOCK", 1)
+    found = choices(monkeypatch, run)
+    assert len(found) == math.comb(6, 3)
+    torch.testing.assert_close(torch.stack(found).mean(0), whole, atol=1e-12, rtol=1e-12)
+
+
+def test_what_is_drawn():
+    generator = torch.Generator().manual_seed(3)
+    drawn = [draw_blocks(7, 3, generator) for _ in range(50)]
+    assert all(found == sorted(set(found)) and len(found) == 3 and found[-1] < 7 for found in drawn)
+    assert len(set(map(tuple, drawn))) > 20
+    assert [draw_blocks(7, 3, torch.Generator().manual_seed(3)) for _ in range(2)] == [drawn[0]] * 2
+    torch.manual_seed(5)
+    first = draw_blocks(100, 10, None)
+    torch.manual_seed(5)
+    assert draw_blocks(100, 10, None) == first  # torch's own generator by default
+
+
+@pytest.mark.parametrize("length,queries,expected", [(300, 64, 64), (300, 10, 10), (40, 64, 40), (301, 0, 301)])
+def test_about_so_many_queries_are_taken(length, queries, expected, make_shape):
+    shape = make_shape()
+    slot = make_slot(build_attention("hedgehog", shape))
+    seen = []
+    weights = slot.attention.weights
+
+    def watch(q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append(q.shape[2])
+        return weights(q, *args, **kwargs)
+
+    slot.attention.weights = watch
+    q, k, v = (x.float() for x in random_qkv(shape, length=length))
+    with torch.no_grad():
+        TransferLoss(queries=queries)(slot, q, k, v, None)
+    assert expected - 16 <= sum(seen) <= expected
+
+
+# --- what can't be taught ---
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_teacher_that_is_no_number_is_named(value):
+    model, inputs = make_host("bert", 3, "hedgehog"), make_inputs()
+    model.bert.encoder.layer[1].attention.self.value.weight.data[0, 0] = value
+    with pytest.raises(HHBenchError, match=r"softmax at layer bert\.encoder\.layer\.1\.attention\.self of the teacher"):
+        backward(model, inputs)
+
+
+@pytest.mark.parametrize("attn", ["softmax", "elu"])
+def test_a_layer_with_nothing_to_learn_passes_softmax_on(attn, make_shape):
+    shape = make_shape()
+    q, k, v = random_qkv(shape)
+    loss = TransferLoss()
+    out = loss(make_slot(build_attention(attn, shape)), q, k, v, None)
+    assert torch.equal(out, build_attention("softmax", shape)(q, k, v))
+    assert float(loss.total) == 0
+
+
+# --- without weights ---
+
+
 class Gate(Attention):
     """A mean of the values so far, gated by the query: no weights."""
 
@@ -292,6 +506,91 @@ def test_memory_does_not_grow_with_depth(monkeypatch):
     assert peaks[6].peak == peaks[1].peak
     monkeypatch.setattr(distill, "QUERY_BLOCK", 2)
     assert Saved().measure(make_host("llama", 6, "hedgehog"), inputs) < peaks[1].peak
+
+
+def peak_memory(run: Callable[[], Any]) -> int:
+    """Bytes that torch's CPU allocator had handed out at most, beyond what it had before.
+
+    From the profiler's record of every allocation, those inside a kernel among them: a process's resident memory
+    depends on what the allocator keeps, and a count of tensors misses what kernels use.
+    """
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as found:
+        run()
+    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert events
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+def long_host(family: str, *, layers: int, width: int, length: int) -> nn.Module:
+    """A host of heads 64 wide that takes so many tokens."""
+    heads = width // 64
+    if family == "gpt2":
+        return tf.GPT2LMHeadModel(
+            tf.GPT2Config(
+                vocab_size=VOCAB, n_embd=width, n_layer=layers, n_head=heads, n_positions=length, bos_token_id=None,
+                eos_token_id=None,
+            )
+        )  # fmt: skip
+    settings = {
+        "vocab_size": VOCAB,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "max_position_embeddings": length,
+        "pad_token_id": 0,
+    }
+    if family == "bert":
+        return tf.BertForMaskedLM(tf.BertConfig(**settings, intermediate_size=4 * width))
+    settings |= {"num_key_value_heads": max(1, heads // 2), "bos_token_id": None, "eos_token_id": None}
+    return tf.LlamaForCausalLM(tf.LlamaConfig(**settings, intermediate_size=8 * width // 3))
+
+
+def transfer_peak(family: str, attn: str, *, layers: int = 1, width: int, length: int) -> int:
+    """Of one step; the maps' gradients, as large as the maps, are there before."""
+    model = hosts.convert(long_host(family, layers=layers, width=width, length=length), attn).eval()
+    return step_peak(model, length)
+
+
+def step_peak(model: nn.Module, length: int, **arguments: Any) -> int:
+    inputs = {"input_ids": torch.randint(2, VOCAB, (1, length))}
+    for parameter in hosts.attention_parameters(model):
+        parameter.grad = torch.zeros_like(parameter)
+    return peak_memory(lambda: backward(model, inputs, weight=1 / length, **arguments))
+
+
+def forward_peak(family: str, *, width: int, length: int) -> int:
+    """Of transformers' own base model, without a graph, a head and a cache."""
+    model = long_host(family, layers=1, width=width, length=length).eval().base_model
+    inputs = {"input_ids": torch.randint(2, VOCAB, (1, length))}
+    with torch.no_grad():
+        return peak_memory(lambda: model(**inputs, **({} if family == "bert" else {"use_cache": False})))
+
+
+LONG = [("llama", "hedgehog", 128), ("gpt2", "t2r", 64), ("bert", "hedgehog-window", 64)]
+LONGER = list(itertools.product(["llama", "gpt2", "bert"], ["hedgehog", "t2r", "hedgehog-window"], [256]))
+
+
+@pytest.mark.parametrize(
+    "family,attn,width", [*LONG, *(pytest.param(*case, marks=pytest.mark.slow) for case in LONGER)]
+)
+def test_memory_of_long_sequences(family, attn, width):
+    """Linear in the number of tokens, and less than twice what the host itself takes."""
+    half, whole = (transfer_peak(family, attn, width=width, length=length) for length in (2048, 4096))
+    assert whole <= 2.2 * half
+    assert whole < 2 * forward_peak(family, width=width, length=4096)
+
+
+@pytest.mark.parametrize("family,attn", [("llama", "hedgehog"), ("gpt2", "hedgehog-window"), ("bert", "t2r")])
+def test_memory_of_deep_models(family, attn):
+    shallow, deep = (transfer_peak(family, attn, layers=layers, width=64, length=256) for layers in (6, 24))
+    assert deep <= 1.1 * shallow
+
+
+def test_samples_take_no_more_memory():
+    model = hosts.convert(long_host("llama", layers=1, width=64, length=2048), "hedgehog").eval()
+    whole, sample = (step_peak(model, 2048, queries=queries) for queries in (0, 256))
+    assert sample <= whole
 
 
 def test_no_graph_hangs_off_the_output():

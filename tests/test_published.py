@@ -11,7 +11,7 @@ import pytest
 from hhbench.attention import ATTENTIONS
 from hhbench.result import Result, load
 
-RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results" / "mini"
 PATHS = sorted(RESULTS.glob("*.result.json"))
 SEEDS = {0, 1, 2}
 # What the tables are read for; the others have a seed at least.

@@ -55,7 +55,7 @@ def digits(out: Path, **changes) -> RunConfig:
 
 def teachers(out: Path) -> dict[str, int]:
     """Every teacher's weights below the folder, with the time when they were written."""
-    return {path.parent.name: path.stat().st_mtime_ns for path in out.glob("teachers/*/model.safetensors")}
+    return {path.parents[1].name: path.stat().st_mtime_ns for path in out.glob("teachers/*/model/*.safetensors")}
 
 
 def key(config: RunConfig) -> str:
@@ -289,7 +289,7 @@ def test_a_teacher_does_not_depend_on_the_seed_that_asks_first(tmp_path):
     weights = []
     for seed in (0, 3):
         execute(recall(tmp_path / str(seed), regime=CONVERSION, attn="elu", recipe="untrained", seed=seed))
-        folder = next(path.parent for path in tmp_path.glob(f"{seed}/teachers/*/hhbench.json"))
+        folder = next(tmp_path.glob(f"{seed}/teachers/*/model"))
         weights.append(hhbench.load(folder).state_dict())
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
@@ -297,7 +297,7 @@ def test_a_teacher_does_not_depend_on_the_seed_that_asks_first(tmp_path):
 
 def test_a_teacher_is_loaded_from_its_folder(out):
     execute(recall(out, regime=CONVERSION, attn="elu"))
-    folder = next(path.parent for path in out.glob("teachers/recall-*/hhbench.json"))
+    folder = next(path.parents[1] for path in out.glob("teachers/recall-*/model/hhbench.json"))
     model = hhbench.load(folder)
     assert not model.training
     vocab = model.config.vocab_size
@@ -309,9 +309,9 @@ def test_a_teacher_is_loaded_from_its_folder(out):
 
 def test_a_damaged_teacher_is_named(tmp_path):
     execute(recall(tmp_path, regime=CONVERSION, attn="elu"))
-    weights = next(tmp_path.glob("teachers/*/model.safetensors"))
+    weights = next(tmp_path.glob("teachers/*/model/*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
-    with pytest.raises(HHBenchError, match=r"model\.safetensors.*damaged"):
+    with pytest.raises(HHBenchError, match="missing or damaged"):
         execute(recall(tmp_path, regime=CONVERSION, attn="elu", seed=1))
 
 
@@ -325,6 +325,12 @@ CHANGES = {
     "regime": {"regime": "scratch", "recipe": None},
     "recipe": {"recipe": "t2r"},
     "option": {"option": (("activation", "exp"),)},
+    "window": {"window": 8},
+    "layers": {"layers": (("0", "softmax"),)},
+    "keep_layers": {"keep_layers": "0"},
+    "transfer_loss": {"transfer_loss": "both"},
+    "queries": {"queries": 8},
+    "lora": {"lora": "r=2"},
     "seed": {"seed": 1},
     "teacher_seed": {"teacher_seed": 1},
     "model": {"model": "gpt2-1x16x1"},
@@ -359,6 +365,7 @@ SAME = {
     "force": True,
     "allow_code": True,
     "save_model": True,
+    "model_folder": "elsewhere",
 }
 
 
@@ -381,7 +388,7 @@ def test_key_changes(out, base_key, name):
 
 @pytest.mark.parametrize("name", SAME)
 def test_key_stays(out, base_key, name):
-    value = out / "elsewhere" if name in ("out", "data_folder") else SAME[name]
+    value = out / "elsewhere" if name in ("out", "data_folder", "model_folder") else SAME[name]
     assert key(recall(**({"out": out, "regime": CONVERSION, "recipe": "hedgehog"} | {name: value}))) == base_key
 
 
@@ -416,6 +423,15 @@ def test_spelled_out_defaults_give_the_same_key(out, base_key):
         ({"train_examples": 0}, "train-examples"),
         ({"test_examples": 0}, "test-examples"),
         ({"tune": (1e-3,), "epochs": 0.0}, r"tune|epochs"),
+        ({"attn": "t2r", "window": 8}, "t2r has no form with a window; these have: hedgehog, softmax"),
+        ({"layers": (("0", "hedgehod"),)}, "Did you mean 'hedgehog'"),
+        ({"layers": (("0", "hedgehog[activatoin=exp]"),)}, "Did you mean 'activation'"),
+        ({"layers": (("9", "softmax"),)}, "no layer 9"),
+        ({"keep_layers": "9"}, "no layer 9"),
+        ({"keep_layers": "auto:1"}, "name the layers"),
+        ({"lora": "r=2"}, "--lora needs a conversion that finetunes"),
+        ({"lora": "r=two", "regime": "finetuned-conversion"}, "r=8"),
+        ({"lora": "r=2", "regime": "finetuned-conversion", "recipe": "transfer-only"}, "--lora needs a conversion"),
     ],
 )
 def test_what_can_not_be_is_refused(tmp_path, changes, message):
@@ -448,7 +464,7 @@ def test_the_four_calls(tmp_path, make_shape):
     model = models.gpt2("gpt2-2x16x2", vocab=11, max_len=16, dropout=0.0)
     assert hhbench.convert(model, "hedgehog", activation="exp") is model
     assert all(slot.attention.shape.causal for slot in hosts.slots(model).values())
-    models.save(model, tmp_path / "saved", attn="hedgehog", options={"activation": "exp"})
+    models.save(model, tmp_path / "saved")
     ids = torch.randint(0, 11, (2, 7))
     loaded = hhbench.load(tmp_path / "saved")
     assert torch.equal(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
@@ -470,7 +486,7 @@ def test_a_saved_model_of_a_users_attention_does_not_say_what_to_import(tmp_path
     file = tmp_path / "mine.py"
     file.write_text(SQUARE)
     _, path = execute(recall(tmp_path, attn=f"{file}:Square", regime="scratch", save_model=True))
-    with pytest.raises(UsageError, match="would import code"):
+    with pytest.raises(UsageError, match="a folder may not import"):
         hhbench.load(path.parent)
     assert hosts.slots(hhbench.load(path.parent, attn=f"{file}:Square"))
 

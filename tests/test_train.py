@@ -6,8 +6,11 @@ import dataclasses
 import itertools
 import math
 import os
+import resource
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from torchmetrics import MeanMetric, MetricCollection, SumMetric
 from hhbench import hosts, train
 from hhbench.attention import OptimizerSettings
 from hhbench.config import RunConfig
+from hhbench.distill import TransferLoss, intercepted
 from hhbench.errors import HHBenchError, UsageError
 from hhbench.task import Batch, Dataset, Example, Split, StepOutput, Task, TaskData, key_mask_of, padded
 from hhbench.train import Batches, Schedule, TrainStage, TransferStage, evaluate, fit, loader, parameter_groups
@@ -525,18 +529,29 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_step(factor, tmp_path):
         stand.fit(tmp_path)
 
 
-def test_a_transfer_loss_that_is_no_number_ends_the_run_with_its_step(tmp_path):
+@pytest.mark.parametrize(
+    "broken,message",
+    [
+        ("query.weight", r"softmax at layer bert\.encoder\.layer\.1\.attention\.self of the teacher gave NaN"),
+        ("hhbench_slot.attention.key_map.weight", "the transfer loss is nan at step 2: try a lower --transfer-lr"),
+    ],
+)
+def test_a_transfer_that_is_no_number_ends_before_the_step(broken, message, tmp_path):
     stand = Stand()
     stage = RecordedTransfer(stand.model, SCHEDULE)
+    weight = stand.model.bert.encoder.layer[1].attention.self.get_parameter(broken)
+    kept = {}
 
     def break_at_two(batch: Batch, batch_idx: int) -> None:
         if batch_idx == 2:
-            stand.model.bert.encoder.layer[1].attention.self.query.weight.data.fill_(math.nan)
+            weight.data.fill_(math.nan)
+            kept.update({id(p): p.detach().clone() for p in hosts.attention_parameters(stand.model)})
 
     stage.on_train_batch_start = break_at_two
-    with pytest.raises(HHBenchError, match="the transfer loss is nan at step 2"):
+    with pytest.raises(HHBenchError, match=message):
         stand.fit(tmp_path, stage, validate=False)
-    assert all(p.isfinite().all() for p in hosts.attention_parameters(stand.model))
+    for parameter in hosts.attention_parameters(stand.model):
+        torch.testing.assert_close(parameter.detach(), kept[id(parameter)], rtol=0, atol=0, equal_nan=True)
 
 
 def test_an_interrupted_stage_goes_on_from_its_last_step(tmp_path):
@@ -656,6 +671,231 @@ def test_an_interrupted_stage_is_not_continued_unasked(tmp_path):
     assert stage.steps == [0, 1, 2, 3, 4]
 
 
+# --- checkpoints ---
+
+
+def assert_equal(one: nn.Module, other: nn.Module) -> None:
+    for (name, found), expected in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(found, expected), name
+
+
+def cut_off(stand: Stand, folder: Path, stage: Any, *, at: int, **arguments: Any) -> dict[str, Any]:
+    """Fit until Ctrl-C before that batch; the checkpoint that is left."""
+    stage.on_train_batch_start = interrupt_at(at)
+    with pytest.raises(KeyboardInterrupt):
+        stand.fit(folder, stage, **arguments)
+    return torch.load(folder / "last.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e6])
+def test_a_checkpoint_is_written_now_and_then(seconds, monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "SECONDS_BETWEEN_CHECKPOINTS", seconds)
+    stand, steps = Stand(micro_batch_size=4), []
+    stage = stand.stage(make_schedule(1e-2, 2.0, 0.1, 0.1, 1.0))
+
+    def note(batch: Batch, batch_idx: int) -> None:
+        last = tmp_path / "last.ckpt"
+        steps.append(torch.load(last, weights_only=True)["global_step"] if last.exists() else None)
+        assert not last.with_suffix(".part").exists()
+
+    stage.on_train_batch_start = note
+    report = stand.fit(tmp_path, stage)
+    assert report.steps == 10
+    if seconds:
+        assert steps == [None] * 20
+    else:  # before each step but the first, and not in the midst of one
+        assert steps == [None, None, *(step for step in range(1, 10) for _ in range(2))]
+    assert [found["step"] for found in stage.validations] == [5, 10]
+    assert not list(tmp_path.glob("*.ckpt")) + list(tmp_path.glob("*.part"))
+    plain = Stand(micro_batch_size=4)
+    plain.fit(tmp_path, plain.stage(make_schedule(1e-2, 2.0, 0.1, 0.1, 1.0)))
+    assert_equal(stand.model, plain.model)  # writing one changes nothing
+
+
+def test_a_checkpoint_of_transfer_holds_the_maps_alone(tmp_path):
+    stand = Stand()
+    kept = cut_off(stand, tmp_path, RecordedTransfer(stand.model, SCHEDULE), at=2, validate=False)
+    maps = {id(p) for p in hosts.attention_parameters(stand.model)}
+    names = {f"model.{name}" for name, p in stand.model.named_parameters() if id(p) in maps}
+    assert kept["state_dict"].keys() == names
+    assert len(kept["optimizer_states"][0]["state"]) == len(names) == 4
+    size = sum(p.numel() * 4 for p in hosts.attention_parameters(stand.model))
+    assert (tmp_path / "last.ckpt").stat().st_size < 3 * size + 30_000
+
+
+def test_checkpoints_hold_nothing_that_is_frozen(tmp_path):
+    """As with LoRA: a part is trained. Buffers are kept whatever they are."""
+    schedule = make_schedule(1e-2, 2.0, 0.1, 0.1, 1.0)
+
+    def make(**changes: Any) -> Stand:
+        stand = Stand(attn="performer", **changes)
+        for name, parameter in stand.model.named_parameters():
+            parameter.requires_grad_(name.startswith("classifier"))
+        return stand
+
+    whole = make()
+    before = copy.deepcopy(whole.model.state_dict())
+    whole.fit(tmp_path / "whole", whole.stage(schedule))
+    stand = make()
+    kept = cut_off(stand, tmp_path / "cut", stand.stage(schedule), at=3)
+    shared = stand.model.named_buffers(remove_duplicate=False)  # performer's two maps are one
+    buffers = {f"model.{name}" for name, _ in shared if name in before}
+    assert buffers
+    assert kept["state_dict"].keys() == {"model.classifier.weight", "model.classifier.bias"} | buffers
+
+    resumed = make(resume=True)
+    stage, best = resumed.stage(schedule), []
+    end = stage.on_train_batch_end
+
+    def note(*args: Any) -> None:
+        if (tmp_path / "cut" / "best.ckpt").exists():
+            best.append(torch.load(tmp_path / "cut" / "best.ckpt", weights_only=True)["state_dict"].keys())
+        end(*args)
+
+    stage.on_train_batch_end = note
+    resumed.fit(tmp_path / "cut", stage)
+    assert best
+    assert all(names == kept["state_dict"].keys() for names in best)
+    assert_equal(resumed.model, whole.model)
+
+
+@pytest.mark.parametrize("attn", ["t2r", "elu"])
+def test_a_checkpoint_of_another_model_is_refused(attn, tmp_path):
+    stand = Stand()
+    cut_off(stand, tmp_path, stand.stage(), at=2)
+    other = Stand(attn=attn, resume=True)
+    with pytest.raises(HHBenchError, match="another model or of other settings: run without --resume"):
+        other.fit(tmp_path, other.stage())
+
+
+@pytest.mark.parametrize("at", [2, 5, 7])
+def test_what_is_dropped_out_after_a_resumption_is_what_would_have_been(at, tmp_path):
+    schedule = make_schedule(1e-2, 2.0, 0.1, 0.1, 1.0)
+    whole = Stand(dropout=0.3)
+    whole.fit(tmp_path / "whole", whole.stage(schedule), validate=False)
+    stand = Stand(dropout=0.3)
+    stand.task.at[at] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        stand.fit(tmp_path / "cut", stand.stage(schedule), validate=False)
+    resumed = Stand(dropout=0.3, resume=True)
+    resumed.fit(tmp_path / "cut", resumed.stage(schedule), validate=False)
+    assert_equal(resumed.model, whole.model)
+
+
+@pytest.mark.parametrize("kind", ["train", "transfer"])
+def test_a_step_cut_off_between_its_parts_is_taken_whole(kind, tmp_path):
+    def make(**changes: Any) -> tuple[Stand, Any]:
+        stand = Stand(train_examples=32, micro_batch_size=2, **changes)
+        return stand, stand.stage() if kind == "train" else RecordedTransfer(stand.model, SCHEDULE, "both", 3)
+
+    validate = kind == "train"
+    whole, stage = make()
+    whole.fit(tmp_path / "whole", stage, validate=validate)
+    stand, stage = make()
+    kept = cut_off(stand, tmp_path / "cut", stage, at=6, validate=validate)  # the third part of the second step
+    assert kept["global_step"] == 1
+    resumed, stage = make(resume=True)
+    stage_report = resumed.fit(tmp_path / "cut", stage, validate=validate)
+    assert stage_report.steps == 4
+    assert stage.steps == [1, 2, 3]
+    assert_equal(resumed.model, whole.model)
+
+
+def test_a_terminated_stage_goes_on(tmp_path):
+    """SIGTERM, as a cluster sends it: the step is finished, then the checkpoint is written."""
+    whole = Stand()
+    whole.fit(tmp_path / "whole", whole.stage())
+    stand = Stand()
+    stage = stand.stage()
+
+    def terminate(batch: Batch, batch_idx: int) -> None:
+        if batch_idx == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stage.on_train_batch_start = terminate
+    with pytest.raises(KeyboardInterrupt):
+        stand.fit(tmp_path / "cut", stage)
+    assert torch.load(tmp_path / "cut" / "last.ckpt", weights_only=True)["global_step"] == 3
+    resumed = Stand(resume=True)
+    stage = resumed.stage()
+    resumed.fit(tmp_path / "cut", stage)
+    assert stage.steps == [3, 4]
+    assert_equal(resumed.model, whole.model)
+
+
+def test_a_full_disk_costs_the_checkpoint_and_not_the_run(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(train, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    stand = Stand()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+    try:
+        report = stand.fit(tmp_path, validate=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert report.steps == 5
+    assert f"{tmp_path / 'last.ckpt'} can't be written" in caplog.text
+    assert not list(tmp_path.iterdir())
+    plain = Stand()
+    plain.fit(tmp_path, validate=False)
+    assert_equal(stand.model, plain.model)
+
+
+KILLED = {
+    "train": {"dropout": 0.3},
+    "transfer": {},
+}
+
+
+def make_killed(kind: str, **changes: Any) -> tuple[Stand, Any]:
+    stand = Stand(**KILLED[kind], **changes)
+    schedule = make_schedule(1e-2, 2.0, 0.1, 0.1, 1.0)
+    stage = stand.stage(schedule) if kind == "train" else RecordedTransfer(stand.model, schedule, "weights", 3)
+    return stand, stage
+
+
+def fit_until_killed(kind: str, folder: str) -> None:
+    """What the process that is killed runs: it stands still in its eighth step."""
+    train.SECONDS_BETWEEN_CHECKPOINTS = 0.0
+    stand, stage = make_killed(kind)
+
+    def wait(batch: Batch, batch_idx: int) -> None:
+        if stage.global_step == 7:
+            Path(folder, "ready").touch()
+            time.sleep(600)
+
+    stage.on_train_batch_start = wait
+    stand.fit(Path(folder), stage, validate=kind == "train")
+
+
+def test_a_killed_stage_ends_where_it_would_have(tmp_path):
+    """kill -9 of a real process in mid-epoch; then the same weights, bit for bit, as without it."""
+    children = {}
+    for kind in KILLED:
+        (tmp_path / kind).mkdir()
+        code = f"from test_train import fit_until_killed; fit_until_killed({kind!r}, {str(tmp_path / kind)!r})"
+        children[kind] = subprocess.Popen([sys.executable, "-c", code], env=child_environment())
+    try:
+        for kind, child in children.items():
+            for _ in range(1200):
+                if (tmp_path / kind / "ready").exists() or child.poll() is not None:
+                    break
+                time.sleep(0.1)
+            assert child.poll() is None, kind
+            child.kill()
+            assert child.wait(60) == -signal.SIGKILL
+    finally:
+        for child in children.values():
+            child.kill()
+    for kind in KILLED:
+        assert torch.load(tmp_path / kind / "last.ckpt", weights_only=True)["global_step"] == 7
+        whole, stage = make_killed(kind)
+        whole.fit(tmp_path / "whole", stage, validate=kind == "train")
+        resumed, stage = make_killed(kind, resume=True)
+        resumed.fit(tmp_path / kind, stage, validate=kind == "train")
+        assert stage.steps == [7, 8, 9]
+        assert_equal(resumed.model, whole.model)
+
+
 # --- evaluation ---
 
 
@@ -695,8 +935,6 @@ def test_a_transfer_step_is_the_mean_over_layers_and_queries(tmp_path):
     stage = RecordedTransfer(stand.model, SCHEDULE)
     stand.fit(tmp_path, stage, validate=False)
     batch = next(iter(stand.batches()))
-    from hhbench.distill import TransferLoss, intercepted
-
     losses = {name: TransferLoss(weight=1 / (2 * batch["num_tokens"])) for name in hosts.slots(twin)}
     with torch.no_grad(), intercepted(twin, dict(losses)):
         train.encode(twin, batch["inputs"])
@@ -704,6 +942,42 @@ def test_a_transfer_step_is_the_mean_over_layers_and_queries(tmp_path):
         if parameter.grad is not None:
             torch.testing.assert_close(stage.gradients[0][name], parameter.grad, atol=1e-6, rtol=1e-5)
     assert len(stage.gradients[0]) == 4
+
+
+def test_a_transfer_stage_samples_by_seed_and_step(tmp_path):
+    """The same draws each time; others with another seed; and not all queries."""
+
+    def trained(seed: int, queries: int) -> Tensor:
+        stand = Stand()
+        torch.manual_seed(seed)
+        stand.fit(tmp_path, RecordedTransfer(stand.model, SCHEDULE, "weights", queries), validate=False)
+        return torch.cat([p.detach().flatten() for p in hosts.attention_parameters(stand.model)])
+
+    first = trained(0, 3)
+    assert torch.equal(first, trained(0, 3))
+    assert not torch.equal(first, trained(1, 3))
+    assert not torch.equal(first, trained(0, 0))
+    assert torch.equal(trained(0, 0), trained(1, 0))
+
+
+def test_layers_with_nothing_to_learn_count_for_nothing(tmp_path):
+    """A layer kept as softmax: the other's gradient is that of its own mean."""
+    stand = Stand()
+    kept, taught = hosts.slots(stand.model)
+    hosts.slots(stand.model)[kept].attention.requires_grad_(False)
+    twin = copy.deepcopy(stand.model).eval()
+    stage = RecordedTransfer(stand.model, SCHEDULE)
+    assert stage.taught == [taught]
+    stand.fit(tmp_path, stage, validate=False)
+    batch = next(iter(stand.batches()))
+    losses = {kept: TransferLoss(), taught: TransferLoss(weight=1 / batch["num_tokens"])}
+    with torch.no_grad(), intercepted(twin, dict(losses)):
+        train.encode(twin, batch["inputs"])
+    assert len(stage.gradients[0]) == 2
+    for name, gradient in stage.gradients[0].items():
+        torch.testing.assert_close(gradient, twin.get_parameter(name).grad, atol=1e-6, rtol=1e-5)
+    with pytest.raises(HHBenchError, match="no layer has anything to learn"):
+        TransferStage(Stand(attn="elu").model, SCHEDULE)
 
 
 # --- two processes ---
@@ -745,17 +1019,22 @@ def compare(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         torch.testing.assert_close(one[name], other[name], atol=1e-5 * max(largest, 1e-3), rtol=0, msg=name)
 
 
+def child_environment() -> dict[str, str]:
+    """Of a process that can import this file."""
+    paths = [str(Path(__file__).parent), str(Path(train.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+
+
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory) -> list[dict[str, Any]]:
     """What one process found, and what each of two did."""
     folder = tmp_path_factory.mktemp("ranks")
     script = folder / "script.py"
     script.write_text("import sys\nfrom test_train import record_as_rank\nrecord_as_rank(sys.argv[1])\n")
-    paths = [str(Path(__file__).parent), str(Path(train.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     run = subprocess.run(
         [*command, str(script), str(folder)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"},
+        env=child_environment(),
         capture_output=True,
         text=True,
         check=False,

@@ -14,10 +14,13 @@ A sequence mixer (H3, Hyena) has projections of its own: a `MixerSlot` stands wh
 What can't be hosted is refused by name, with the reason, before anything trains.
 """
 
-from hhbench.hosts.conversion import attach, convert, host_layers
+from hhbench.hosts.cache import StateCache
+from hhbench.hosts.conversion import ConversionPlan, attach, convert, host_layers, plan_conversion
+from hhbench.hosts.families import become_hosted, hosted_class
 from hhbench.hosts.interface import INTERFACE, position_ids
 from hhbench.hosts.slots import (
     AttentionSlot,
+    CrossAttentionSlot,
     HostLayer,
     Interceptor,
     MixerSlot,
@@ -31,16 +34,22 @@ from hhbench.hosts.slots import (
 __all__ = [
     "INTERFACE",
     "AttentionSlot",
+    "ConversionPlan",
+    "CrossAttentionSlot",
     "HostLayer",
     "Interceptor",
     "MixerSlot",
     "Placement",
+    "StateCache",
     "attach",
     "attention_parameters",
     "attentions",
+    "become_hosted",
     "convert",
     "host_layers",
+    "hosted_class",
     "placements",
+    "plan_conversion",
     "position_ids",
     "slots",
 ]

@@ -1,19 +1,33 @@
-"""transformers' attention and mask interfaces: what a model calls, and how to find the layers that call it."""
+"""transformers' attention and mask interfaces: what a converted model calls in place of its own."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
-from hhbench.attention import MixerShape
 from hhbench.errors import HHBenchError, UsageError
-from hhbench.hosts.slots import SLOT, HostLayer
+from hhbench.hosts.slots import SLOT, CrossAttentionSlot
 
 INTERFACE = "hhbench"
-_PROBE = "hhbench-probe"
+HARMLESS = {  # keywords that reach the attention on their way to something else
+    "deterministic",
+    "num_items_in_batch",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "position_ids",
+    "use_cache",
+}
+MEANINGS = {
+    "softcap": "a soft cap on the scores",
+    "s_aux": "attention sinks",
+    "position_bias": "a bias on the scores",
+}
+
+MaskFunction = Callable[..., Tensor]  # (batch, head, query, key) indices -> whether the query sees the key
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
@@ -33,42 +47,45 @@ def _attend(
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     output_attentions: bool | None = None,
-    output_hidden_states: bool | None = None,
-    position_ids: Tensor | None = None,
-    use_cache: bool | None = None,
     **other: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """What transformers calls in place of its own attention: q [B, H, N, D] in, [B, N, H, E] out."""
-    _refuse_unknown(module, attention_mask, key, sliding_window, other)
-    slot = getattr(module, SLOT, None)
+    refuse_unknown(module, attention_mask, other)
+    name, slot = type(module).__name__, getattr(module, SLOT, None)
     if slot is None:
-        raise HHBenchError(f"{type(module).__name__} has no hhbench attention: use hhbench.convert or hhbench.load")
-    shape = slot.attention.shape
+        raise HHBenchError(f"{name} has no hhbench attention: use hhbench.convert or hhbench.load")
+    shape = slot.placement.shape
     if is_causal is not None and is_causal != shape.causal:
-        raise HHBenchError(
-            f"{type(module).__name__} asks for is_causal={is_causal}; it was converted as {shape.direction}"
-        )
+        raise HHBenchError(f"{name} asks for is_causal={is_causal}; it was converted as {shape.direction}")
     if scaling is not None and abs(scaling - shape.scale) > 1e-9:
-        raise HHBenchError(
-            f"{type(module).__name__} scales by {scaling} now and by {shape.scale} when it was converted"
-        )
+        raise HHBenchError(f"{name} scales by {scaling} now and by {shape.scale} when it was converted")
+    if isinstance(slot, CrossAttentionSlot):
+        out = slot(query, key, value, attention_mask)
+        weights = slot.weights(query, key, attention_mask) if output_attentions else None
+        return out.transpose(1, 2).contiguous(), weights
+    # The mask counts the tokens where a cache gives back the keys of a window only.
+    num_tokens = max(key.shape[2], 0 if attention_mask is None else attention_mask.shape[1])
+    if sliding_window is not None and sliding_window < num_tokens:
+        if sliding_window != slot.placement.window or not slot.placement.keeps_window:
+            raise UsageError(
+                f"{name} has a sliding window of {sliding_window} tokens, and {num_tokens} are in use, more than it "
+                "was converted for"
+            )
+        attention_mask = None if attention_mask is None else attention_mask[:, -key.shape[2] :]
+    if output_attentions and slot.continues(key):
+        raise UsageError(f"{name} decodes from a state, which has no weights: output_attentions needs use_cache=False")
     out = slot(query, key, value, attention_mask)
     weights = slot.attention.weights(query, key, key_mask=attention_mask) if output_attentions else None
     return out.transpose(1, 2).contiguous(), weights
 
 
-def _refuse_unknown(
-    module: nn.Module, mask: Tensor | None, key: Tensor, sliding_window: int | None, other: Mapping[str, Any]
-) -> None:
+def refuse_unknown(module: nn.Module, mask: Tensor | None, other: Mapping[str, Any]) -> None:
     """A keyword that changes what attention means must not be dropped in silence."""
     name = type(module).__name__
-    given = sorted(keyword for keyword, value in other.items() if value is not None)
+    given = sorted(keyword for keyword, value in other.items() if value is not None and keyword not in HARMLESS)
     if given:
-        raise UsageError(f"{name} passes {', '.join(given)}, which no attention of hhbench takes")
-    if sliding_window is not None and sliding_window < key.shape[2]:
-        raise UsageError(
-            f"{name} has a sliding window of {sliding_window} tokens, shorter than the {key.shape[2]} in use"
-        )
+        what = ", ".join(f"{keyword} ({MEANINGS[keyword]})" if keyword in MEANINGS else keyword for keyword in given)
+        raise UsageError(f"{name} passes {what}, which no attention of hhbench takes")
     if mask is not None and mask.ndim != 2:
         raise UsageError(f"{name} got a {mask.ndim}-D mask {list(mask.shape)}; hhbench takes padding masks [B, N]")
 
@@ -76,118 +93,96 @@ def _refuse_unknown(
 def _padding_mask(
     *args: Any,
     attention_mask: Tensor | None = None,
-    mask_function: Callable[..., Any] | None = None,
+    mask_function: MaskFunction | None = None,
+    batch_size: int = 1,
     kv_length: int = 0,
+    kv_offset: int = 0,
     q_length: int = 0,
     q_offset: int | Tensor | None = None,
     local_size: int | None = None,
+    device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor | None:
     """What transformers calls in place of building a 4-D mask: hands the [B, past + N] padding mask through.
 
-    None when nothing is padded, so that the fast paths without a mask are taken.
+    None when nothing is padded, so that the fast paths without a mask are taken; but never None where a window is
+    shorter than the tokens: the mask then tells a layer how many there are (see `_attend`).
     """
     del args, kwargs
-    plain = mask_function in (causal_mask_function, bidirectional_mask_function, None)
-    # A window's cache forgets what left the window: the tokens are counted, not its keys.
-    tokens = kv_length if q_offset is None else max(kv_length, int(q_offset) + q_length)
-    if not plain and not (local_size is not None and local_size >= tokens):
-        what = f"a window of {local_size} tokens" if local_size is not None else "packed sequences or a mask of its own"
-        raise UsageError(f"the model asks for {what}, which hhbench's attentions can't honour")
-    if q_offset is not None and kv_length > int(q_offset) + q_length:
+    if mask_function is bidirectional_mask_function:  # an encoder's, or cross-attention to one: no cache grows here
+        return _unless_all_attend(attention_mask)
+    num_tokens = kv_length if q_offset is None else int(q_offset) + q_length
+    if kv_offset + kv_length > num_tokens:
         raise UsageError(
-            f"the model has {int(q_offset) + q_length} tokens and a cache or a mask for {kv_length}: hhbench's "
+            f"the model has {num_tokens} tokens and a cache or a mask for {kv_offset + kv_length}: hhbench's "
             "attentions take a cache that grows with the tokens, the library's default"
         )
-    if attention_mask is None or bool(attention_mask.all()):
-        return None
-    return attention_mask.bool()
+    if mask_function in (causal_mask_function, None):
+        return _unless_all_attend(attention_mask)
+    assert mask_function is not None
+    queries = torch.arange(num_tokens - q_length, num_tokens, device=device)
+    if not patterns(mask_function, queries, local_size, batch_size=batch_size, num_tokens=num_tokens):
+        raise UsageError(
+            "the model asks for packed sequences (position ids that start anew), chunks or another mask of its own, "
+            "which hhbench's attentions can't honour"
+        )
+    if local_size is None or local_size >= num_tokens:
+        return _unless_all_attend(attention_mask)
+    if attention_mask is None:
+        return torch.ones(batch_size, num_tokens, dtype=torch.bool, device=device)
+    mask = attention_mask.bool()
+    if bool(((mask[:, 1:] & ~mask[:, :-1]).sum(-1) + mask[:, 0] > 1).any()):
+        raise UsageError(
+            f"the mask leaves out tokens between attended ones, which the model's window of {local_size} tokens would "
+            "count and hhbench's doesn't: pad on one side"
+        )
+    return mask
+
+
+def _unless_all_attend(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None or bool(mask.all()) else mask.bool()
+
+
+def patterns(
+    mask_function: MaskFunction,
+    queries: Tensor,
+    local_size: int | None,
+    *,
+    batch_size: int = 1,
+    num_tokens: int | None = None,
+) -> list[tuple[bool, int | None]]:
+    """What a mask function may be, as (causal, window): all whose answers for these queries it gives.
+
+    A query i of a causal window w sees keys i - w < j <= i, of a bidirectional one |i - j| < w, as in
+    `softmax-window`. The library's bidirectional windows include their size, so that w may be one more. Asked are each
+    query's neighbours, which a boundary between packed sequences or chunks parts, and the keys at a window's edge.
+
+    Args:
+        queries: their indices [N].
+        local_size: the window that the library says it is; None for one that says nothing.
+        num_tokens: keys lie below it; None = anywhere.
+    """
+    windows = [None] if local_size is None else [local_size, local_size + 1]
+    edges = {1, 2} if local_size is None else {1, local_size - 1, local_size, local_size + 1}
+    away = torch.tensor(sorted({0, *edges, *(-edge for edge in edges)}), device=queries.device)
+    keys = queries[:, None] - away
+    exists = (keys >= 0) & (keys < (num_tokens or keys.max() + 1))
+    rows = torch.arange(batch_size, device=queries.device)[:, None, None]
+    asked = (rows, torch.zeros_like(rows), queries[None, :, None], torch.where(exists, keys, queries[:, None])[None])
+    try:
+        seen = mask_function(*asked)
+    except Exception:  # a model's own function may ask anything of its arguments
+        return []
+    found = []
+    for causal in (True, False):
+        for window in windows:
+            expected = (away >= 0) | torch.tensor(not causal, device=away.device)
+            if window is not None:
+                expected = expected & (away.abs() < window)
+            if bool(((seen == expected) | ~exists).all()):
+                found.append((causal, window))
+    return found
 
 
 AttentionInterface.register(INTERFACE, _attend)
 AttentionMaskInterface.register(INTERFACE, _padding_mask)
-
-
-def transformers_layers(model: PreTrainedModel) -> list[HostLayer]:
-    """Ask the model: run it once on a few tokens under a probe and see which modules call the interface, and how."""
-    name = type(model).__name__
-    if model.config.is_encoder_decoder:
-        raise UsageError(
-            f"{name} can't be a host: it is an encoder-decoder, and cross-attention has no key mask of its own"
-        )
-    names = {module: module_name for module_name, module in model.named_modules()}
-    layers: list[HostLayer] = []
-
-    def probe(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        *,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        sliding_window: int | None = None,
-        is_causal: bool | None = None,
-        position_ids: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        **other: Any,
-    ) -> tuple[Tensor, None]:
-        _refuse_unknown(module, attention_mask, key, None, other)
-        D = query.shape[3]
-        config = model.config.get_text_config()
-        max_len = key.shape[2] if _is_vision(model) else int(getattr(config, "max_position_embeddings", 0) or 2**31)
-        shape = MixerShape(
-            dim=int(config.hidden_size),
-            num_heads=query.shape[1],
-            num_kv_heads=key.shape[1],
-            head_dim=D,
-            scale=D**-0.5 if scaling is None else float(scaling),
-            max_len=max_len,
-            causal=bool(getattr(module, "is_causal", False) if is_causal is None else is_causal),
-            dropout=float(dropout),
-        )
-        layers.append(HostLayer(names[module], module, shape))
-        return value.new_zeros(*query.shape[:3], value.shape[3]).transpose(1, 2).contiguous(), None
-
-    AttentionInterface.register(_PROBE, probe)
-    AttentionMaskInterface.register(_PROBE, _padding_mask)
-    before = model.config._attn_implementation
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.set_attn_implementation(_PROBE)
-        # Training mode shows the dropout that the model passes; the generator is left as it was.
-        device = next(model.parameters()).device
-        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            model.train()(**_few_tokens(model))
-    except UsageError as error:
-        raise UsageError(f"{name} can't be a host: {error}") from error
-    except Exception as error:
-        raise UsageError(
-            f"{name} can't be a host: it doesn't run under transformers' attention interface "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'})"
-        ) from error
-    finally:
-        model.set_attn_implementation(before)
-        for module, training in modes.items():
-            module.training = training
-    if not layers:
-        raise UsageError(f"{name} can't be a host: it computes its attention itself, past transformers' interface")
-    if len({layer.name for layer in layers}) < len(layers):
-        raise UsageError(f"{name} can't be a host: it runs one attention layer several times")
-    return layers
-
-
-def _is_vision(model: PreTrainedModel) -> bool:
-    return bool(model.main_input_name == "pixel_values")
-
-
-def _few_tokens(model: PreTrainedModel) -> dict[str, Tensor]:
-    device = next(model.parameters()).device
-    if not _is_vision(model):
-        return {"input_ids": torch.zeros(1, 4, dtype=torch.long, device=device)}
-    size = model.config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    dtype = next(model.parameters()).dtype
-    return {"pixel_values": torch.zeros(1, model.config.num_channels, height, width, device=device, dtype=dtype)}

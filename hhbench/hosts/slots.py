@@ -3,16 +3,21 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from timm.layers import Attention as TimmAttention
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import Cache
 
-from hhbench.attention import Attention, MixerShape, SequenceMixer
+from hhbench.attention import Attention, MixerShape, SequenceMixer, masked_softmax, repeat_heads
 from hhbench.errors import UsageError
 
+if TYPE_CHECKING:
+    from hhbench.hosts.cache import StateLayer
+
 SLOT = "hhbench_slot"
+WINDOWED = "softmax-window"  # what a layer keeps whose window is shorter than the context
 
 
 @dataclass(frozen=True)
@@ -24,12 +29,26 @@ class Placement:
         attention: the attention's name, or a user's own as it was given.
         options: of the attention.
         shape: where it sits.
+        window: of the layer; see `HostLayer`.
+        cross: it is cross-attention, which stays the library's.
     """
 
     layer: str
     attention: str
     options: Mapping[str, Any]
     shape: MixerShape
+    window: int | None = None
+    cross: bool = False
+
+    @property
+    def keeps_window(self) -> bool:
+        """It was given softmax in the layer's own window, and so sees what the library would."""
+        return self.window is not None and self.attention == WINDOWED and self.options.get("window") == self.window
+
+    @property
+    def is_softmax(self) -> bool:
+        """The layer computes what it did before the conversion: softmax, in its own window where it has one."""
+        return self.attention == "softmax" or self.keeps_window
 
 
 Interceptor = Callable[["AttentionSlot", Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -49,10 +68,22 @@ class AttentionSlot(nn.Module):
         super().__init__()
         self.attention, self.placement = attention, placement
         self.interceptor: Interceptor | None = None
+        self._continued: tuple[StateLayer, Tensor] | None = None
+
+    def continue_from(self, layer: "StateLayer", keys: Tensor) -> None:
+        """The call with these keys, which comes next, goes on from a cache's state."""
+        self._continued = layer, keys
+
+    def continues(self, keys: Tensor) -> bool:
+        """Whether a call with these keys will go on from a state, so that they are not all that is attended to."""
+        return self._continued is not None and self._continued[1] is keys  # others: of a call that failed on its way
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        continued, self._continued = self._continued if self.continues(k) else None, None
         if self.interceptor is not None:
             return self.interceptor(self, q, k, v, key_mask)
+        if continued is not None:
+            return continued[0].run(self.attention, q, k, v, key_mask=key_mask)
         out: Tensor = self.attention(q, k, v, key_mask=key_mask)
         return out
 
@@ -67,6 +98,7 @@ class MixerSlot(nn.Module):
     def __init__(self, mixer: SequenceMixer, placement: Placement, replaced: nn.Module) -> None:
         super().__init__()
         self.mixer, self.placement = mixer, placement
+        self.layer_idx: int | None = getattr(replaced, "layer_idx", None)
         self._signature = inspect.signature(replaced.forward)
         self._returns_weights = not isinstance(replaced, TimmAttention)
 
@@ -75,21 +107,59 @@ class MixerSlot(nn.Module):
         x: Tensor = next(iter(given.values()))
         passed = given | given.get("kwargs", {})
         mask = passed.get("attention_mask", passed.get("attn_mask"))
-        if any(isinstance(value, Cache) for value in passed.values()):
+        cache = next((value for value in passed.values() if isinstance(value, Cache)), None)
+        layer = next((layer for layer in getattr(cache, "layers", ()) if getattr(layer, "slot", None) is self), None)
+        if cache is not None and layer is None:
             raise UsageError(f"{type(self.mixer).__name__} keeps no key-value cache: pass use_cache=False")
         if mask is not None and mask.ndim != 2:
             raise UsageError(f"a mixer takes padding masks [B, N], not a {mask.ndim}-D mask {list(mask.shape)}")
-        out = self.mixer(x, key_mask=mask)
+        out = self.mixer(x, key_mask=mask) if layer is None else layer.run(self.mixer, x, key_mask=mask)
         return (out, None) if self._returns_weights else out
+
+
+class CrossAttentionSlot(nn.Module):
+    """Marks a layer of cross-attention, which a conversion keeps as it was: softmax over an encoder's tokens."""
+
+    def __init__(self, placement: Placement) -> None:
+        super().__init__()
+        self.placement = placement
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        """q [B, H, N, D], k and v [B, G, M, D], key_mask bool [B, M] -> [B, H, N, D]."""
+        shape = self.placement.shape
+        return scaled_dot_product_attention(
+            q,
+            repeat_heads(k, shape.num_heads),
+            repeat_heads(v, shape.num_heads),
+            attn_mask=None if key_mask is None else key_mask[:, None, None, :],
+            dropout_p=shape.dropout if self.training else 0.0,
+            scale=shape.scale,
+        )
+
+    def weights(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
+        """[B, H, N, M]."""
+        shape = self.placement.shape
+        scores = q @ repeat_heads(k, shape.num_heads).mT * shape.scale
+        return masked_softmax(scores, None if key_mask is None else key_mask[:, None, None, :])
 
 
 @dataclass(frozen=True)
 class HostLayer:
-    """An attention layer that a host lets us replace: its name in the model, its module, its shape."""
+    """An attention layer of a host.
+
+    Attributes:
+        name: of its module in the model.
+        module: itself.
+        shape: of its attention.
+        window: w, where it sees only so many tokens: i - w < j <= i if causal, else |i - j| < w. None: all of them.
+        cross: its keys are another sequence's: cross-attention, which is never replaced.
+    """
 
     name: str
     module: nn.Module
     shape: MixerShape
+    window: int | None = None
+    cross: bool = False
 
 
 def slots(model: nn.Module) -> dict[str, AttentionSlot]:
@@ -99,8 +169,8 @@ def slots(model: nn.Module) -> dict[str, AttentionSlot]:
 
 
 def placements(model: nn.Module) -> list[Placement]:
-    """What each layer of a host was given, in order of depth."""
-    return [m.placement for m in model.modules() if isinstance(m, AttentionSlot | MixerSlot)]
+    """What each layer of a host was given, in order of depth; cross-attentions, which were left as they are, too."""
+    return [m.placement for m in model.modules() if isinstance(m, AttentionSlot | MixerSlot | CrossAttentionSlot)]
 
 
 def attentions(model: nn.Module) -> list[Attention | SequenceMixer]:

@@ -15,7 +15,7 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from hhbench import data
+from hhbench import data, pretrained
 from hhbench.config import RunConfig
 from hhbench.errors import DataError, UsageError
 from hhbench.runner import execute
@@ -248,7 +248,7 @@ def test_every_set_has_its_own_score():
 
 def facts(classes: int) -> TaskData:
     empty: dict = {}
-    return TaskData(None, None, empty, None, empty, {"num_classes": classes})
+    return TaskData(None, None, empty, None, empty, {"num_classes": classes, "vocab": 30522})
 
 
 def computed(classes: int, predictions: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
@@ -360,7 +360,7 @@ def held_out_of(labelled: list[dict]) -> set[str]:
     return set(premises[:400])
 
 
-@needs(glue.MINILM)
+@needs(pretrained.MINILM)
 def test_minilm_is_a_real_encoder():
     found = Glue().weights(RunConfig(task="glue", attn="elu", model="minilm"))
     assert list(found) == ["minilm"]

@@ -1,4 +1,4 @@
-"""Digits, and a user's image folder."""
+"""Digits, a user's image folder, models of transformers, Fashion-MNIST."""
 
 import numpy as np
 import pytest
@@ -6,11 +6,22 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.metrics import accuracy_score, top_k_accuracy_score
+from transformers import (
+    BitImageProcessor,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    Dinov2Model,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
+from hhbench import data, pretrained
 from hhbench.config import RunConfig
 from hhbench.errors import DataError, UsageError
-from hhbench.runner import execute
-from hhbench.tasks.imagenet import DIGITS_MODEL, ImageNet
+from hhbench.runner import execute, prepare
+from hhbench.tasks import imagenet
+from hhbench.tasks.imagenet import DIGITS_MODEL, FASHION_MNIST, ImageNet
 
 SETTINGS = {
     "task": "imagenet", "attn": "softmax", "dataset": "digits", "model": DIGITS_MODEL, "regime": "scratch",
@@ -153,6 +164,147 @@ def test_what_is_wrong_with_a_folder_is_said(folder):
 def test_the_test_folder_has_several_names(folder, name):
     (folder / "test").rename(folder / name)
     assert len(load(**folder_settings(folder)).tests["test"]) == 6
+
+
+# --- a model of transformers ---
+
+VIT = {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 56,
+    "patch_size": 14, "num_labels": 3,
+}  # fmt: skip
+
+
+@pytest.fixture
+def vit(tmp_path):
+    """A ViT for 56 x 56 pixels, 16 patches and a class token."""
+    ViTForImageClassification(ViTConfig(**VIT)).save_pretrained(tmp_path / "vit")
+    size = {"height": 56, "width": 56}
+    ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.25] * 3).save_pretrained(tmp_path / "vit")
+    return str(tmp_path / "vit")
+
+
+@pytest.fixture
+def dinov2(tmp_path):
+    """A backbone without a head, larger in the file than in use."""
+    Dinov2Model(Dinov2Config(**VIT | {"mlp_ratio": 2, "image_size": 84})).save_pretrained(tmp_path / "dino")
+    BitImageProcessor(size={"shortest_edge": 99}, crop_size={"height": 84, "width": 84}).save_pretrained(
+        tmp_path / "dino"
+    )
+    return str(tmp_path / "dino")
+
+
+def test_the_image_processor_makes_the_images(folder, vit):
+    loaded = load(**folder_settings(folder, model=vit, max_len=17))
+    image, label = loaded.tests["test"].examples[0]
+    assert image.shape == (3, 56, 56)
+    assert label == 0
+    raw = np.asarray(Image.open(folder / "test" / "blue" / "0.png").resize((56, 56), Image.Resampling.BILINEAR))
+    expected = (torch.tensor(raw.copy()).permute(2, 0, 1) / 255 - 0.5) / 0.25
+    assert float((image - expected).abs().max()) < 0.1
+    # In training half of the images are mirrored.
+    torch.manual_seed(0)
+    views = [loaded.train.examples[0][0] for _ in range(20)]
+    assert all(torch.equal(view, views[0]) or torch.equal(view, views[0].flip(-1)) for view in views)
+    assert 4 < sum(torch.equal(view, views[0]) for view in views) < 16
+    batch = loaded.collate(loaded.tests["test"].examples[:])
+    assert set(batch["inputs"]) == {"pixel_values"}
+    assert batch["num_tokens"] == 6 * 17
+
+
+def test_logits_and_loss_are_the_models(folder, vit):
+    loaded = load(**folder_settings(folder, model=vit, max_len=17))
+    config = RunConfig(**folder_settings(folder, model=vit, max_len=17, regime="pretrained-conversion"))
+    model = ImageNet().build_model(config, loaded).eval()
+    batch = loaded.collate(loaded.tests["test"].examples[:])
+    out = ImageNet().step(model, batch)
+    saved = ViTForImageClassification.from_pretrained(vit).eval()(
+        batch["inputs"]["pixel_values"], labels=batch["labels"]
+    )
+    assert float(out.loss.detach()) / 6 == pytest.approx(float(saved.loss.detach()), rel=1e-5)
+    assert ImageNet().weights(config).keys() == {vit}
+
+
+def test_max_len_sets_the_size(folder, vit, dinov2):
+    """Of a model that stretches its positions, whether it has to be told so (ViT) or not (DINOv2)."""
+    for model, max_len, side, tokens, extra in [
+        (vit, 17, 56, 17, set()), (vit, 400, 56, 17, set()), (vit, 12, 42, 10, {"interpolate_pos_encoding"}),
+        (dinov2, 37, 84, 37, set()), (dinov2, 27, 70, 26, set()), (dinov2, 5, 28, 5, set()),
+    ]:  # fmt: skip
+        settings = folder_settings(folder, model=model, max_len=max_len)
+        loaded = load(**settings)
+        batch = loaded.collate(loaded.tests["test"].examples[:2])
+        assert batch["inputs"]["pixel_values"].shape == (2, 3, side, side)
+        assert batch["inputs"].keys() == {"pixel_values"} | extra
+        assert batch["num_tokens"] == 2 * tokens
+        host = ImageNet().build_model(RunConfig(**settings), loaded)
+        widths = []
+        layers = [m for name, m in host.named_modules() if name.endswith(("layer.0", "layers.0"))]
+        layers[0].register_forward_hook(lambda _, inputs, __, widths=widths: widths.append(inputs[0].shape[1]))
+        ImageNet().step(host, batch)
+        assert widths == [tokens]
+    with pytest.raises(UsageError, match="leaves no patch"):
+        load(**folder_settings(folder, model=vit, max_len=1))
+
+
+def test_a_backbone_gets_a_new_head(folder, dinov2):
+    settings = folder_settings(folder, model=dinov2, max_len=26, regime="finetuned-conversion")
+    model = ImageNet().build_model(RunConfig(**settings), load(**settings))
+    assert isinstance(model, Dinov2ForImageClassification)
+    assert model.classifier.out_features == 3
+    backbone = Dinov2Model.from_pretrained(dinov2)
+    assert torch.equal(model.dinov2.embeddings.cls_token, backbone.embeddings.cls_token)
+
+
+def test_what_is_wrong_with_a_model_is_said(folder, vit, tmp_path):
+    with pytest.raises(DataError, match="no-such"):
+        load(**folder_settings(folder, model=str(tmp_path / "no-such")))
+    (tmp_path / "vit" / "preprocessor_config.json").unlink()
+    with pytest.raises(DataError, match="vit"):
+        load(**folder_settings(folder, model=vit))
+
+
+def test_a_vision_model_end_to_end(folder, dinov2, tmp_path):
+    settings = folder_settings(
+        folder, attn="hedgehog", model=dinov2, max_len=26, regime="finetuned-conversion", batch_size=4, epochs=1.0,
+        teacher_epochs=1.0, transfer_epochs=1.0, accelerator="cpu", logger="none", out=tmp_path / "runs",
+    )  # fmt: skip
+    made, _ = execute(RunConfig(**settings))
+    assert made.fidelity is not None and len(made.fidelity["kl_after"]) == 2
+    assert made.teacher is not None and made.after_swap is not None and made.after_transfer is not None
+    assert list(made.identity["weights"]) == [dinov2]
+
+
+# --- Fashion-MNIST ---
+
+
+@pytest.mark.network
+@pytest.mark.skipif(
+    data.offline() and data.status(FASHION_MNIST) != "ready", reason="fashion-mnist is not cached, and offline"
+)
+def test_fashion_mnist_is_read_whole(vit):
+    loaded = load(dataset="fashion-mnist", model=vit, max_len=17)
+    assert (len(loaded.train), len(loaded.validation), len(loaded.tests["test"])) == (54_000, 6_000, 10_000)
+    train, test = imagenet._fashion_mnist("train"), imagenet._fashion_mnist("t10k")
+    for rows, each in [(train, 6000), (test, 1000)]:
+        assert np.bincount(rows.labels).tolist() == [each] * 10
+        assert rows.images.shape == (10 * each, 28, 28)
+    # The published mean and deviation of the training pixels, in 0 .. 1.
+    assert float(train.images.mean()) / 255 == pytest.approx(0.2860, abs=1e-4)
+    assert float(train.images.std()) / 255 == pytest.approx(0.3530, abs=1e-4)
+    split = loaded.train.examples
+    assert not set(split.indices) & set(loaded.validation.examples.indices)
+    image, label = loaded.tests["test"].examples[0]
+    assert label == int(test.labels[0])
+    assert torch.equal(image[0], image[1])  # grey in three channels, which this model's processor treats alike
+    assert list(loaded.hashes.values()) == [FASHION_MNIST.sha256]
+    assert loaded.facts["num_classes"] == 10
+
+
+def test_fashion_mnist_takes_dinov2_by_itself():
+    config = prepare(RunConfig(task="imagenet", attn="hedgehog", dataset="fashion-mnist")).config
+    assert (config.regime, config.model, config.max_len) == ("finetuned-conversion", "dinov2", 26)
+    assert ImageNet().files(config) == (FASHION_MNIST, pretrained.DINOV2)
+    assert ImageNet().files(prepare(RunConfig(task="imagenet", attn="hedgehog", dataset="digits")).config) == ()
 
 
 def test_unknown_data_sets():

@@ -9,11 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from hhbench import data
+from hhbench import data, pretrained
 from hhbench.config import RunConfig
 from hhbench.errors import DataError, HHBenchError, UsageError
-from hhbench.runner import execute
+from hhbench.runner import execute, prepare
 from hhbench.task import Split
 from hhbench.tasks import lm
 from hhbench.tasks.lm import NO_TARGET, WIKIPEDIA, LanguageModelling
@@ -282,23 +283,86 @@ def test_wikipedia_is_cut_by_article():
     assert list(texts.hashes) == ["wikipedia"]
 
 
-def test_a_pretrained_model_of_a_folder_is_converted_end_to_end(tmp_path):
-    """Zero-shot score, swap, transfer, finetuning: each is recorded, and finetuning on the text helps."""
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+FOX = "the quick brown fox jumps over the lazy dog and runs away again\n" * 400
 
-    text = "the quick brown fox jumps over the lazy dog and runs away again\n" * 400
-    (tmp_path / "text.txt").write_text(text)
+
+@pytest.fixture
+def gpt2(tmp_path):
+    """A text and a folder with a GPT-2 of random weights and 64 positions, and its tokenizer."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    (tmp_path / "text.txt").write_text(FOX)
     tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(text.splitlines(), vocab_size=300, show_progress=False)
+    tokenizer.train_from_iterator(FOX.splitlines(), vocab_size=300, show_progress=False)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer).save_pretrained(tmp_path / "gpt2")
     GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=64)).save_pretrained(
         tmp_path / "gpt2"
     )
+    return tmp_path / "gpt2"
+
+
+def test_a_model_that_does_not_fit_is_refused(gpt2, tmp_path):
+    def build(max_len):
+        settings = config(
+            tmp_path / "text.txt", model=str(gpt2), regime="pretrained-conversion", max_len=max_len, dropout=0.0
+        )
+        task = LanguageModelling()
+        return task.build_model(settings, task.load_data(settings))
+
+    assert build(64).config.n_positions == 64
+    with pytest.raises(UsageError, match="has 64 positions: --max-len 65 is too long"):
+        build(65)
+    GPT2LMHeadModel(GPT2Config(vocab_size=30, n_embd=32, n_layer=2, n_head=2, n_positions=64)).save_pretrained(gpt2)
+    with pytest.raises(UsageError, match=r"its tokenizer has \d+ tokens, and the model embeds 30"):
+        build(64)
+
+
+def test_the_converted_model_is_smollm2_unless_another_is_named():
+    chosen = prepare(RunConfig(task="lm", attn="hedgehog", dataset="wikipedia", regime="pretrained-conversion")).config
+    assert (chosen.model, chosen.max_len, chosen.recipe) == ("smollm2", 256, "hedgehog")
+    # Steps: what makes a conversion last minutes on a laptop.
+    assert chosen.train_examples * chosen.transfer_epochs / chosen.batch_size == 100
+    assert chosen.train_examples * chosen.epochs / chosen.batch_size == 60
+    task = LanguageModelling()
+    assert task.files(chosen) == (WIKIPEDIA, pretrained.SMOLLM2)
+    small = prepare(RunConfig(task="lm", attn="hedgehog", dataset="wikipedia")).config
+    assert (small.model, task.files(small)) == ("gpt2-4x96x4", (WIKIPEDIA,))
+
+
+@pytest.mark.network
+@pytest.mark.skipif(
+    data.offline() and "missing" in (data.status(WIKIPEDIA), data.status(pretrained.SMOLLM2)),
+    reason="wikipedia or smollm2 is not cached, and offline",
+)
+def test_smollm2_knows_wikipedia():
+    """Its own tokens; words are whitespace's; the perplexity of a held-out article is an English model's."""
+    pytest.importorskip("gguf")
+    settings = prepare(
+        RunConfig(task="lm", attn="hedgehog", dataset="wikipedia", regime="pretrained-conversion", test_examples=2)
+    ).config
+    task = LanguageModelling()
+    loaded = task.load_data(settings)
+    assert len(loaded.train) == 400
+    assert set(loaded.train.lengths) == {256}
+    assert loaded.facts["vocab"] == 49152
+    text = lm._wikipedia_splits().test
+    windows = loaded.tests["test"].examples
+    seen = loaded.facts["processor"].decode([t for tokens, _, _ in windows for t in tokens] + [windows[-1][1][-1]])
+    assert text.startswith(seen)
+    assert sum(words for _, _, words in windows) == pytest.approx(len(seen.split()), abs=2)
+    model = task.build_model(settings, loaded).eval()
+    with torch.no_grad():
+        out = task.step(model, loaded.collate(windows[:]))
+    assert 5 < math.exp(float(out.loss) / out.count) < 60
+    assert task.weights(settings).keys() == {"smollm2"}
+
+
+def test_a_pretrained_model_of_a_folder_is_converted_end_to_end(gpt2, tmp_path):
+    """Zero-shot score, swap, transfer, finetuning: each is recorded, and finetuning on the text helps."""
     settings = {"task": "lm", "attn": "hedgehog", "regime": "pretrained-conversion", "max_len": 64, "logger": "none"}
-    paths = {"dataset": str(tmp_path / "text.txt"), "model": str(tmp_path / "gpt2"), "out": str(tmp_path / "runs")}
+    paths = {"dataset": str(tmp_path / "text.txt"), "model": str(gpt2), "out": str(tmp_path / "runs")}
     made, _ = execute(RunConfig.from_dict({**settings, **paths, "epochs": 2}))
     assert made.teacher is not None and made.after_swap is not None and made.after_transfer is not None
     assert made.fidelity is not None and len(made.fidelity["kl_after"]) == 2
     assert made.score.value < made.teacher["score"]
-    assert set(made.identity["weights"]) == {str(tmp_path / "gpt2")}
+    assert set(made.identity["weights"]) == {str(gpt2)}
