@@ -152,7 +152,7 @@ class TransferLoss:
         queries: take the loss on about so many queries of each sequence, drawn anew at each call: blocks of consecutive
             ones, each as likely as any other, the same for all sequences of the batch. Their loss counts all blocks /
             drawn blocks times, so that its mean over all draws, and its gradient's, are those of the whole loss. 0
-            takes all queries.
+            takes all queries, and so does a bidirectional attention that isn't `ordered_by_positions`.
         generator: what the draws come from; torch's own by default.
         total: the sum of the loss at the last call, without the weight.
     """

@@ -78,7 +78,7 @@ class ImageNet(Task):
             converts = config.regime != "scratch"
             return {
                 "model": "dinov2",
-                "max_len": 26 if _is_transformers(config.model or "dinov2") else 197,  # 5 x 5 patches and the class
+                "max_len": 26 if is_of_transformers(config.model or "dinov2") else 197,  # 5 x 5 patches and the class
                 "dropout": 0.0,
                 "train_examples": 3200,
                 "test_examples": 1000,
@@ -158,7 +158,7 @@ class ImageNet(Task):
             # Single pixels say nothing without their place: timm's 0.02 would leave it a whisper.
             nn.init.normal_(model.pos_embed, std=0.5)  # type: ignore[arg-type]
             return model
-        if _is_transformers(str(config.model)):
+        if is_of_transformers(str(config.model)):
             from transformers import AutoModelForImageClassification
 
             return models.transformers_model(
@@ -178,7 +178,7 @@ class ImageNet(Task):
     def weights(self, config: RunConfig) -> dict[str, str]:
         if config.model == DIGITS_MODEL or config.regime == "scratch":
             return {}
-        if _is_transformers(str(config.model)):
+        if is_of_transformers(str(config.model)):
             return models.weights_hash(str(config.model), pretrained.source(str(config.model)))
         return models.timm_weights_hash(str(config.model))
 
@@ -220,19 +220,19 @@ def _digits(config: RunConfig) -> TaskData:
         train=split(examples[897:], config.train_examples),
         validation=split(examples[600:897], config.test_examples),
         tests={"test": split(examples[:600], config.test_examples)},
-        collate=_Collate(num_tokens, "x"),
+        collate=Collate(num_tokens, "x"),
         hashes={"digits": digest},
         facts={"num_classes": 10},
     )
 
 
-def _is_transformers(model: str) -> bool:
+def is_of_transformers(model: str) -> bool:
     """Whether a model is one of transformers: packaged, a folder, or OWNER/NAME on the hub. timm's names have no /."""
     return model in pretrained.PRETRAINED or "/" in model or Path(model).is_dir()
 
 
 @dataclass(frozen=True)
-class _Inputs:
+class Inputs:
     """What a model takes.
 
     Attributes:
@@ -251,16 +251,21 @@ class _Inputs:
     processor: Any = None
 
 
-def _timm_inputs(config: RunConfig) -> _Inputs:
+def inputs_of(config: RunConfig) -> Inputs:
+    """What the config's model takes."""
+    return (_transformers_inputs if is_of_transformers(str(config.model)) else _timm_inputs)(config)
+
+
+def _timm_inputs(config: RunConfig) -> Inputs:
     """timm's own transforms for the model, with its augmentation in training."""
     from timm.data import create_transform, resolve_data_config
 
     arguments = resolve_data_config(model=models.timm_model(str(config.model), pretrained=False))
     train, test = create_transform(**arguments, is_training=True), create_transform(**arguments)
-    return _Inputs(train, test, "x", int(config.max_len or 0))
+    return Inputs(train, test, "x", int(config.max_len or 0))
 
 
-def _transformers_inputs(config: RunConfig) -> _Inputs:
+def _transformers_inputs(config: RunConfig) -> Inputs:
     """The model's own image processor, at a size that gives `max_len` tokens at most; in training with random flips.
 
     Raises:
@@ -301,7 +306,7 @@ def _transformers_inputs(config: RunConfig) -> _Inputs:
     def train(image: Any) -> Tensor:
         return test(hflip(image) if torch.rand(()) < 0.5 else image)
 
-    return _Inputs(train, test, "pixel_values", special + side**2, extra, processor)
+    return Inputs(train, test, "pixel_values", special + side**2, extra, processor)
 
 
 def _images(config: RunConfig) -> TaskData:
@@ -309,7 +314,7 @@ def _images(config: RunConfig) -> TaskData:
     name = str(config.dataset)
     train_rows: Any
     test_rows: Any
-    inputs = (_transformers_inputs if _is_transformers(str(config.model)) else _timm_inputs)(config)
+    inputs = inputs_of(config)
     if name == "fashion-mnist":
         train_rows, test_rows = _fashion_mnist("train"), _fashion_mnist("t10k")
         classes, hashes = 10, {FASHION_MNIST.name: FASHION_MNIST.sha256}
@@ -327,13 +332,13 @@ def _images(config: RunConfig) -> TaskData:
 
     def split(rows: Any, indices: list[int], transform: Any, limit: int | None) -> Split:
         indices = indices[: limit or None]
-        return Split(_Transformed(rows, indices, transform), [inputs.num_tokens] * len(indices))
+        return Split(Transformed(rows, indices, transform), [inputs.num_tokens] * len(indices))
 
     return TaskData(
         train=split(train_rows, order[held:], inputs.train, config.train_examples),
         validation=split(train_rows, order[:held], inputs.test, config.test_examples),
         tests={"test": split(test_rows, list(range(len(test_rows))), inputs.test, config.test_examples)},
-        collate=_Collate(inputs.num_tokens, inputs.name, inputs.extra),
+        collate=Collate(inputs.num_tokens, inputs.name, inputs.extra),
         hashes=hashes,
         facts={"num_classes": classes, "processor": inputs.processor},
     )
@@ -400,7 +405,7 @@ class _HubRows:
         return len(self.table)
 
 
-class _Transformed(Sequence[Example]):
+class Transformed(Sequence[Example]):
     """Images read and transformed when a batch asks for them."""
 
     def __init__(self, rows: Any, indices: list[int], transform: Any) -> None:
@@ -408,7 +413,7 @@ class _Transformed(Sequence[Example]):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return _Transformed(self.rows, self.indices[index], self.transform)
+            return Transformed(self.rows, self.indices[index], self.transform)
         image, label = self.rows[self.indices[index]]
         return self.transform(image.convert("RGB")), label
 
@@ -416,7 +421,7 @@ class _Transformed(Sequence[Example]):
         return len(self.indices)
 
 
-class _Collate:
+class Collate:
     """Examples (image, label) to a batch for the model's argument `name`; each image is `num_tokens` tokens to it."""
 
     def __init__(self, num_tokens: int, name: str, extra: Mapping[str, Any] | None = None) -> None:

@@ -40,7 +40,7 @@ NO_TARGET = -100
 
 
 @dataclass(frozen=True)
-class _Texts:
+class Texts:
     train: str
     validation: str
     test: str
@@ -138,7 +138,7 @@ class LanguageModelling(Task):
         return (*super().files(config), *pretrained.files(str(config.model)))
 
     def load_data(self, config: RunConfig) -> TaskData:
-        texts = _load(str(config.dataset), config.data_folder)
+        texts = load_texts(str(config.dataset), config.data_folder)
         if _is_small(config):
             if config.regime == "pretrained-conversion":
                 raise UsageError(f"{config.model} has no pretrained weights: name a model that has with --model")
@@ -236,18 +236,19 @@ def _is_small(config: RunConfig) -> bool:
 # ---- text ------------------------------------------------------------------------------------------------------
 
 
-def _load(name: str, folder: Path | None) -> _Texts:
+def load_texts(name: str, folder: Path | None) -> Texts:
+    """The splits of a data set of this task, or of a user's own file or folder."""
     if name == "wikipedia":
         return _wikipedia_splits()
     if name == "wikitext103":
         splits = data.hub_table("Salesforce/wikitext", "wikitext-103-raw-v1", folder=folder)
         text = {split: "".join(splits[split]["text"]) for split in ("train", "validation", "test")}
-        return _Texts(**text, hashes={name: data.hash_text("".join(text.values()))})
+        return Texts(**text, hashes={name: data.hash_text("".join(text.values()))})
     return _users(Path(name))
 
 
 @cache
-def _wikipedia_splits() -> _Texts:
+def _wikipedia_splits() -> Texts:
     """Whole articles: every tenth in an order of one seed to validate or to test on, in turn."""
     articles = _articles()
     random.Random(0).shuffle(articles)
@@ -256,7 +257,7 @@ def _wikipedia_splits() -> _Texts:
         part = {0: "test", 10: "validation"}.get(index % 20, "train")
         parts[part].append(article)
     texts = {part: "\n".join(chosen) for part, chosen in parts.items()}
-    return _Texts(**texts, hashes={WIKIPEDIA.name: data.hash_text("\n".join(articles))})
+    return Texts(**texts, hashes={WIKIPEDIA.name: data.hash_text("\n".join(articles))})
 
 
 def _articles() -> list[str]:
@@ -271,7 +272,7 @@ def _articles() -> list[str]:
     return text.split(separator)
 
 
-def _users(path: Path) -> _Texts:
+def _users(path: Path) -> Texts:
     """A text file, cut 90 / 5 / 5 in its own order; or a folder with train, validation and test `.txt` files, or
     with any `.txt` files, which are read in the order of their names and cut likewise.
     """
@@ -284,14 +285,14 @@ def _users(path: Path) -> _Texts:
         raise DataError(f"{path} can't be read as UTF-8 text: {error}") from error
     hashes = {path.name: data.hash_files(files)}
     if {"train", "validation", "test"} <= texts.keys():
-        return _Texts(texts["train"], texts["validation"], texts["test"], hashes)
+        return Texts(texts["train"], texts["validation"], texts["test"], hashes)
     lines = "\n".join(texts.values()).splitlines(keepends=True)
     held = max(1, len(lines) // 20)
     if len(lines) < 3:
         raise DataError(f"{path} has {len(lines)} lines: too few to hold some out for validation and test")
     parts = lines[: -2 * held], lines[-2 * held : -held], lines[-held:]
     train, validation, test = ("".join(part) for part in parts)
-    return _Texts(train, validation, test, hashes)
+    return Texts(train, validation, test, hashes)
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------

@@ -72,6 +72,7 @@ class Summarization(Task):
     name = "summarization"
     title = "Summarisation"
     causal = True
+    teaches = {"decoder": None}
     scores_pretrained = True
     regimes = ("pretrained-conversion", "finetuned-conversion")
     datasets = {
