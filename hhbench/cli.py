@@ -45,7 +45,7 @@ EXAMPLES = {
   hhbench convert ./my-llama --attn hedgehog --data text.txt --queries 256 --keep-layers auto:2
   hhbench convert ./my-bert --attn t2r --recipe t2r-hh --layers 0-1=softmax --to my-linear-bert
   hhbench convert bert-base-uncased --attn hedgehog --dry-run    only say what would be done""",
-    "list": "examples:\n  hhbench list attentions\n  hhbench list datasets",
+    "list": "examples:\n  hhbench list attentions\n  hhbench list datasets\n  hhbench list models",
     "show": """examples:
   hhbench show hedgehog                    an attention: paper, cost, options
   hhbench show glue                        a task: data sets, regimes, presets
@@ -81,6 +81,13 @@ EXAMPLES = {
   hhbench new attention my-block --rung mixer       a whole block
   hhbench new task my-task --folder .               my_task.py and its test in this folder""",
 }
+
+
+# What `convert` decides by itself, has its own word for, or has no use for: its teacher is there already.
+CONVERT_SETS = (
+    "dataset", "model", "model_folder", "regime", "resume", "save_model", "teacher_epochs", "teacher_lr",
+    "teacher_seed",
+)  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):
@@ -174,11 +181,11 @@ def _parser() -> _Parser:
     sub.add_argument(
         "--to", type=Path, metavar="FOLDER", help="where the model is kept (default: converted/MODEL-ATTENTION)"
     )
-    _add_settings(sub, leave_out=("dataset", "model", "model_folder", "regime", "resume", "save_model"))
+    _add_settings(sub, leave_out=CONVERT_SETS)
     sub.add_argument("--dry-run", action="store_true", help="say what would be done and stop")
 
     sub = command("list", _list, "what there is")
-    sub.add_argument("what", choices=("attentions", "tasks", "datasets", "presets", "recipes"))
+    sub.add_argument("what", choices=("attentions", "tasks", "datasets", "models", "presets", "recipes"))
 
     sub = command("show", _show, "all about one name or one result; or what differs between two results")
     sub.add_argument(
@@ -409,10 +416,13 @@ def _print_conversion(made: "Result") -> None:
 
     before, after = (made.fidelity["kl_before"], made.fidelity["kl_after"]) if made.fidelity else ([], [])
     trained = bool(made.cost["seconds"].get("train"))
+    chosen = made.layer_choice
+    kept = zip(chosen["layers"], chosen["scores"][1:], strict=True) if chosen else ()  # the first score is transfer's
     rows = [
         ("teacher", number(made.teacher["score"] if made.teacher else None), ""),
         ("after the swap", number(made.after_swap), number(fmean(before) if before else None)),
         ("after transfer", number(made.after_transfer), number(fmean(after) if after else None)),
+        *((f"with layer {layer} kept", number(score), "") for layer, score in kept),
         ("after finetuning", number(made.score.value if trained else None), ""),
     ]
     _print_table(("", made.score.name, "KL from softmax"), rows)
@@ -469,6 +479,13 @@ def _print_table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
 def _list(args: argparse.Namespace) -> int:
     if args.what == "recipes":
         _print_table(("recipe", "what it does"), ((name, recipe.help) for name, recipe in RECIPES.items()))
+    elif args.what == "models":
+        from hhbench.pretrained import PRETRAINED
+
+        _print_table(
+            ("model", "MB", "licence", "holds"),
+            ((name, p.file.megabytes, p.file.licence, p.file.holds) for name, p in PRETRAINED.items()),
+        )
     elif args.what == "attentions":
         from hhbench.attention import ATTENTIONS
 

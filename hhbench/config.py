@@ -231,6 +231,13 @@ class RunConfig:
     lora: str | None = setting(
         "finetune low-rank adapters alone: r=8,alpha=16,targets=qkvo", silent=True, group="training"
     )
+    freeze_maps: bool = setting(
+        "finetuning leaves the attention's own parameters as transfer taught them",
+        default=False,
+        type=bool,
+        silent=True,
+        group="training",
+    )
     weight_decay: float | None = setting(
         "of AdamW; none on biases and norms", type=float, check=_not_negative, group="training"
     )

@@ -48,9 +48,11 @@ def intercepted(model: nn.Module, interceptors: dict[str, Interceptor]) -> Itera
             slot.interceptor = None
 
 
-def _softmax_like(attention: Attention) -> Attention:
-    """Softmax for the layer in which this attention sits: the teacher."""
-    teacher = ATTENTIONS.get("softmax").build(attention.shape)
+def softmax_of(slot: AttentionSlot) -> Attention:
+    """The softmax of the layer in which this slot sits: the teacher. A layer that was kept is its own."""
+    if slot.placement.is_softmax:
+        return slot.attention
+    teacher = ATTENTIONS.get("softmax").build(slot.attention.shape)
     assert isinstance(teacher, Attention)
     return teacher.eval()  # a teacher drops nothing out
 
@@ -169,7 +171,7 @@ class TransferLoss:
 
     def __call__(self, slot: AttentionSlot, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         student = slot.attention
-        teacher = _softmax_like(student)
+        teacher = softmax_of(slot)
         out: Tensor = teacher(q, k, v, key_mask=key_mask)
         if not out.isfinite().all():
             raise HHBenchError(
@@ -264,36 +266,3 @@ class TransferLoss:
             loss = _mean_over_queries(error, asked) / share
             self.total = loss.detach()
             (loss * self.weight).backward()  # type: ignore[no-untyped-call]
-
-
-@dataclass
-class LayerFidelity:
-    """An interceptor that measures one layer while softmax's output is passed on, and its sums so far, in nats.
-
-    Sums run over heads' means of attended queries.
-    """
-
-    kl: float = 0.0
-    teacher_entropy: float = 0.0
-    student_entropy: float = 0.0
-    queries: int = 0
-
-    def __call__(self, slot: AttentionSlot, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
-        student = slot.attention
-        teacher = _softmax_like(student)
-        precise = torch.float32 if q.device.type == "mps" else torch.float64  # Apple's MPS has no float64
-        for block, keys, mask, attended in query_blocks(q, k, key_mask, student.shape.causal):
-            target = teacher.weights(block, keys, key_mask=mask).to(precise)
-            weights = student.weights(block, keys, key_mask=mask).to(precise)
-            log_target, log_weights = target.clamp_min(TINY).log(), weights.clamp_min(TINY).log()
-            self.kl += float(_mean_over_queries((target * (log_target - log_weights)).sum(-1), attended))
-            self.teacher_entropy += float(_mean_over_queries(-(target * log_target).sum(-1), attended))
-            self.student_entropy += float(_mean_over_queries(-(weights * log_weights).sum(-1), attended))
-            self.queries += int(attended.sum()) if attended is not None else block.shape[0] * block.shape[2]
-        out: Tensor = teacher(q, k, v, key_mask=key_mask)
-        return out
-
-    def means(self) -> tuple[float, float, float]:
-        """KL(softmax || weights), entropy of softmax, entropy of the attention, per query."""
-        n = max(self.queries, 1)
-        return self.kl / n, self.teacher_entropy / n, self.student_entropy / n

@@ -36,8 +36,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from hhbench import hosts
-from hhbench.attention import ATTENTIONS, Attention, repeat_heads
-from hhbench.distill import TINY, intercepted, query_blocks
+from hhbench.attention import Attention, repeat_heads
+from hhbench.distill import TINY, intercepted, query_blocks, softmax_of
 from hhbench.errors import HHBenchError, UsageError
 from hhbench.hosts import AttentionSlot, MixerSlot, Placement
 from hhbench.task import Batch
@@ -413,7 +413,7 @@ class _Local:
     tally: _Tally
 
     def __call__(self, slot: AttentionSlot, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
-        teacher = _softmax_of(slot)
+        teacher = softmax_of(slot)
         out: Tensor = teacher(q, k, v, key_mask=key_mask)
         own: Tensor = slot.attention(q, k, v, key_mask=key_mask)
         self.tally.add(_Seen(teacher, q, k, key_mask, out), _Seen(slot.attention, q, k, key_mask, own))
@@ -494,15 +494,6 @@ def label_of(placement: Placement) -> str:
     return f"{placement.attention}[{options}]" if options else placement.attention
 
 
-def _softmax_of(slot: AttentionSlot) -> Attention:
-    """The softmax of the layer in which this slot sits. A layer that was kept is its own."""
-    if slot.placement.is_softmax:
-        return slot.attention
-    teacher = ATTENTIONS.get("softmax").build(slot.attention.shape)
-    assert isinstance(teacher, Attention)
-    return teacher.eval()
-
-
 def _softmax_model(teacher: nn.Module, places: Sequence[tuple[Placement, Any]]) -> nn.Module:
     """The teacher with hhbench's softmax, checked against the student's layers."""
     if not hosts.slots(teacher):
@@ -558,7 +549,7 @@ class _Sampling:
     found: list[tuple[Tensor, Tensor, Tensor]]
 
     def __call__(self, slot: AttentionSlot, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
-        teacher, student = _softmax_of(slot), slot.attention
+        teacher, student = softmax_of(slot), slot.attention
         for row in range(min(len(q), SAMPLED_QUERIES)):
             mask = None if key_mask is None else key_mask[row : row + 1]
             attended = torch.arange(k.shape[2]) if mask is None else mask[0].nonzero().flatten().cpu()
@@ -603,7 +594,7 @@ class _Pass:
     """An interceptor that passes softmax's output on."""
 
     def __call__(self, slot: AttentionSlot, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
-        out: Tensor = _softmax_of(slot)(q, k, v, key_mask=key_mask)
+        out: Tensor = softmax_of(slot)(q, k, v, key_mask=key_mask)
         return out
 
 

@@ -55,7 +55,7 @@ def transformers_model(auto: Any, source: str, *, pretrained: bool, dropout: flo
         UsageError: the folder holds a converted model.
     """
     if Path(source).is_dir():
-        _check_folder(Path(source), pretrained=pretrained)
+        check_folder(Path(source), pretrained=pretrained)
     with clear_errors(source):
         config = AutoConfig.from_pretrained(source, local_files_only=offline(), **settings)
         for name in DROPOUTS:
@@ -149,16 +149,25 @@ def timm_weights_hash(name: str) -> dict[str, str]:
 
 
 def tokenizer(source: str) -> Any:
-    """The fast tokenizer of a folder or of a hub's name."""
+    """The fast tokenizer of a folder or of a hub's name.
+
+    Raises:
+        DataError: it can't be had, or the folder holds none.
+    """
+    folder = Path(source)
+    if folder.is_dir() and not any(
+        path.name.startswith(("tokenizer", "vocab")) or path.suffix == ".model" for path in folder.iterdir()
+    ):
+        raise DataError(f"{source} holds no tokenizer, without which it can't read text: save the model's own there")
     with clear_errors(source):
         return AutoTokenizer.from_pretrained(source, local_files_only=offline(), use_fast=True)
 
 
 def weights_hash(name: str, source: str) -> dict[str, str]:
-    """The sha256 of the weights in a folder, by the name that the user knows; a hub model's commit."""
+    """The sha256 of the weights in a folder, by the folder's own name; a hub model's commit."""
     folder = Path(source)
     if folder.is_dir():
-        return {name: hash_files(sorted(folder.glob("*.safetensors")))}
+        return {Path(name).absolute().name: hash_files(sorted(folder.glob("*.safetensors")))}  # its place says nothing
     with clear_errors(source):
         commit = AutoConfig.from_pretrained(source, local_files_only=offline())._commit_hash
     return {name: str(commit)}
@@ -178,8 +187,13 @@ def clear_errors(source: str) -> Iterator[None]:
         ) from error
 
 
-def _check_folder(folder: Path, *, pretrained: bool) -> None:
-    """Say what a model's folder lacks before the library says it in its own words."""
+def check_folder(folder: Path, *, pretrained: bool) -> None:
+    """Say what a model's folder lacks before the library says it in its own words.
+
+    Raises:
+        DataError: it has no config, or no safetensors weights where `pretrained` asks for them.
+        UsageError: it holds a converted model.
+    """
     if is_converted(folder):
         raise UsageError(f"{folder} holds a converted model: read it with hhbench.load, or name what it was made from")
     if not (folder / "config.json").is_file():

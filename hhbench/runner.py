@@ -32,13 +32,13 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hhbench import hosts, models, result
+from hhbench import fidelity, hosts, models, result
 from hhbench.attention import ATTENTIONS, AttentionSpec, Direction, probe
 from hhbench.config import RECIPES, RunConfig, split_label
-from hhbench.distill import LayerFidelity, intercepted
 from hhbench.errors import HHBenchError, UsageError, in_one_line, unknown_name
 from hhbench.layer_choice import keep_worst
 from hhbench.lora import LoraSettings, inject, merge
+from hhbench.pretrained import PRETRAINED
 from hhbench.registry import source_hash
 from hhbench.result import Cost, Fidelity, Identity, LayerChoice, Result, Score, Teacher, Trial, Tuning
 from hhbench.task import TASKS, Split, Task, TaskData
@@ -49,7 +49,6 @@ from hhbench.train import (
     TransferStage,
     barrier,
     check_batch_size,
-    encode,
     evaluate,
     fit,
     loader,
@@ -120,7 +119,7 @@ class Plan:
         if self.transfers:
             stages.append(f"transfer {c.transfer_epochs:g} epochs at {c.transfer_lr:g}")
         if self.trains:
-            lora = f", LoRA {self.lora}" if self.lora else ""
+            lora = (f", LoRA {self.lora}" if self.lora else "") + (", maps frozen" if c.freeze_maps else "")
             rate = f"best of {list(c.tune)}" if c.tune else f"{c.lr:g}"
             stages.append(f"{'finetune' if self.converts else 'train'} {c.epochs:g} epochs at {rate}{lora}")
         recipe = f", recipe {c.recipe}" if self.converts else ""
@@ -206,8 +205,10 @@ def prepare(config: RunConfig) -> Plan:
     plan = Plan(given, config, task, spec)
     if config.tune and not (plan.trains and config.epochs):
         raise UsageError("--tune needs a stage that trains: this recipe has none, or --epochs is 0")
-    if config.lora and not (plan.converts and plan.trains):
-        raise UsageError("--lora needs a conversion that finetunes: this regime or recipe has no such stage")
+    for name in ("lora", "freeze_maps"):
+        if getattr(config, name) and not (plan.converts and plan.trains):
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{flag} needs a conversion that finetunes: this regime or recipe has no such stage")
     if plan.chooses and not plan.transfers:
         raise UsageError("--keep-layers auto goes by what transfer leaves, and this recipe has none: name the layers")
     for name, options in plan.layers.values():
@@ -297,6 +298,12 @@ class _Run:
         self.tuning: Tuning | None = None
         self.layer_choice: LayerChoice | None = None
         self.data: TaskData = self.task.load_data(self.config)
+        batch = int(self.config.batch_size or 1)
+        if len(self.data.train) < batch:
+            raise UsageError(
+                f"{self.config.dataset} gives {len(self.data.train)} training examples, fewer than one batch of "
+                f"{batch}: lower --batch-size"
+            )
         self.weights = self.task.weights(self.config)
         self.key = result.key_of(self.identity)
         self.folder = self._folder()
@@ -306,6 +313,10 @@ class _Run:
         spec, task = self.plan.spec, self.task
         settings = self.config.identity()
         settings["dataset"] = self.task.dataset(str(self.config.dataset)).title  # a path differs between machines
+        if (model := settings["model"]) not in PRETRAINED and Path(model).is_dir():
+            settings["model"] = Path(model).absolute().name
+        if settings["model"] not in PRETRAINED and Path(settings["model"]).is_dir():
+            settings["model"] = Path(settings["model"]).name  # its weights are hashed
         settings["attn"] = spec.name  # and so does a user's file, which goes by its content
         own_task = source_hash(type(task))  # a user's own file says which data they are, as much as the data do
         return Identity(
@@ -400,9 +411,10 @@ class _Run:
         teacher = None if made.teacher is None else {**made.teacher, "folder": folder, "weights_sha256": sha256}
         return {
             "key": made.key,
-            "config": made.config,
+            "config": made.config | self._places(),
             "weights": self.weights,
             "data": dict(self.data.hashes),
+            "transforms": self.data.facts.get("transforms"),  # timm's: it has no processor that saves itself
             "teacher": teacher,
             "scores": {
                 "name": made.score.name,
@@ -414,6 +426,13 @@ class _Run:
             "layer_choice": made.layer_choice,
             "commit": made.environment["commit"],
         }
+
+    def _places(self) -> dict[str, str]:
+        """The user's own files among the settings, so that they are found from another folder too."""
+        c = self.config
+        named = {"dataset": self.task.datasets, "model": PRETRAINED, "data_folder": ()}
+        given = {name: getattr(c, name) for name, known in named.items() if getattr(c, name) not in (None, *known)}
+        return {name: str(Path(path).absolute()) for name, path in given.items() if Path(path).exists()}
 
     def _after_the_swap(self, model: nn.Module) -> None:
         """Measure what the swap left, teach the maps if the recipe says so, and measure again."""
@@ -455,6 +474,7 @@ class _Run:
             return self._load_teacher()
         torch.manual_seed(c.seed)
         model = self.task.build_model(c, self.data)
+        models.check_finite(model)
         if c.regime == "pretrained-conversion" and self.task.scores_pretrained:
             hosts.convert(model, "softmax")
             score = self._test(model, "test the pretrained model")[0]
@@ -526,7 +546,8 @@ class _Run:
     def _train(self, model: nn.Module) -> Tuning | None:
         """Train or finetune: all weights, or low-rank adapters that are merged into them at the end."""
         c, lora = self.config, self.plan.lora
-        frozen = hosts.attention_parameters(model) if c.recipe and RECIPES[c.recipe].frozen else []
+        freezes = c.freeze_maps or (c.recipe is not None and RECIPES[c.recipe].frozen)
+        frozen = hosts.attention_parameters(model) if freezes else []
         if lora is not None:
             inject(model, lora, train_maps=not frozen)
         for parameter in frozen:
@@ -613,23 +634,21 @@ class _Run:
         affordable = max(1, FIDELITY_TOKENS // int(self.config.max_len or 1))
         return self.data.validation.first(min(FIDELITY_EXAMPLES, affordable))
 
-    @torch.no_grad()
     def _measure_fidelity(self, model: nn.Module, split: Split) -> dict[str, tuple[float, float, float]]:
-        """Per layer: KL, entropy of softmax, entropy of the attention. Every rank measures all of it."""
-        layers = {name: LayerFidelity() for name, slot in hosts.slots(model).items() if _is_measured(slot)}
-        if not layers:
+        """Per layer that isn't softmax: KL, entropy of softmax, entropy of the attention, means over heads. Every rank
+        measures all of it.
+        """
+        if not any(_is_measured(slot) for slot in hosts.slots(model).values()):
             return {}
-        device = next(model.parameters()).device
-        model.eval()
         size = min(16, int(self.config.batch_size or 1))
-        with intercepted(model, dict(layers)):
-            for start in range(0, len(split), size):
-                batch = self.data.collate([split.examples[i] for i in range(start, min(start + size, len(split)))])
-                encode(
-                    model,
-                    {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch["inputs"].items()},
-                )
-        return {name: layer.means() for name, layer in layers.items()}
+        rows = ([split.examples[i] for i in range(s, min(s + size, len(split)))] for s in range(0, len(split), size))
+        report = fidelity.measure(model, (self.data.collate(some)["inputs"] for some in rows), order=False)
+        columns = ("kl", "teacher_entropy", "student_entropy")
+        return {
+            layer.name: tuple(fmean(getattr(layer.local, column)) for column in columns)  # type: ignore[misc]
+            for layer in report.layers
+            if not layer.kept and layer.local is not None and layer.local.kl is not None
+        }
 
     def _fidelity_before(self, model: nn.Module) -> Fidelity:
         layers = self._measure_fidelity(model, self._fidelity_split).values()
@@ -719,7 +738,12 @@ class _Run:
 
 def _check_model_folder(folder: Path | None, *, key: str, force: bool) -> None:
     """Refuse to replace what is not this run's model, before anything trains."""
-    if folder is None or not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if folder is None:
+        return
+    above = next(path for path in folder.absolute().parents if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UsageError(f"{folder} can't be written: {above} is {'read-only' if above.is_dir() else 'a file'}")
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not models.is_converted(folder):
         raise UsageError(f"{folder} is there and holds no model of hhbench's: name another folder")

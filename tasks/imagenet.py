@@ -52,6 +52,7 @@ HUB = {
     "imagenet-1k": ("ILSVRC/imagenet-1k", "image", "label"),
     "cifar10": ("uoft-cs/cifar10", "img", "label"),
 }
+LAYOUT = "needs a folder train and one of test, validation and val, each with one folder a class"
 
 
 @register_task
@@ -135,6 +136,8 @@ class ImageNet(Task):
 
     def dataset(self, name: str) -> Dataset:
         if name not in self.datasets and Path(name).is_dir():
+            if not (Path(name) / "train").is_dir():
+                raise UsageError(f"{name} {LAYOUT}")
             return Dataset(Path(name).name, "top1")
         return super().dataset(name)
 
@@ -241,6 +244,7 @@ class Inputs:
         num_tokens: to the model, of each image.
         extra: other arguments of every call.
         processor: the image processor that `test` is, of a model of transformers.
+        transforms: what timm's transforms are made from, of a model of timm.
     """
 
     train: Callable[[Any], Tensor]
@@ -249,6 +253,7 @@ class Inputs:
     num_tokens: int
     extra: Mapping[str, Any] = field(default_factory=dict)
     processor: Any = None
+    transforms: Mapping[str, Any] | None = None
 
 
 def inputs_of(config: RunConfig) -> Inputs:
@@ -262,7 +267,7 @@ def _timm_inputs(config: RunConfig) -> Inputs:
 
     arguments = resolve_data_config(model=models.timm_model(str(config.model), pretrained=False))
     train, test = create_transform(**arguments, is_training=True), create_transform(**arguments)
-    return Inputs(train, test, "x", int(config.max_len or 0))
+    return Inputs(train, test, "x", int(config.max_len or 0), transforms=arguments)
 
 
 def _transformers_inputs(config: RunConfig) -> Inputs:
@@ -340,7 +345,7 @@ def _images(config: RunConfig) -> TaskData:
         tests={"test": split(test_rows, list(range(len(test_rows))), inputs.test, config.test_examples)},
         collate=Collate(inputs.num_tokens, inputs.name, inputs.extra),
         hashes=hashes,
-        facts={"num_classes": classes, "processor": inputs.processor},
+        facts={"num_classes": classes, "processor": inputs.processor, "transforms": inputs.transforms},
     )
 
 
@@ -361,9 +366,7 @@ def _folder(path: Path) -> tuple[Any, Any, int, dict[str, str]]:
 
     test = next((path / s for s in ("test", "validation", "val") if (path / s).is_dir()), None)
     if not (path / "train").is_dir() or test is None:
-        raise DataError(
-            f"{path} needs a folder train and one of test, validation and val, each with one folder a class"
-        )
+        raise DataError(f"{path} {LAYOUT}")
     try:
         train, held = ImageFolder(path / "train"), ImageFolder(test)
     except (FileNotFoundError, OSError) as error:

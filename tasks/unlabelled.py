@@ -174,5 +174,5 @@ def _images(config: RunConfig) -> TaskData:
         tests={"test": split(order[:held], inputs.test, config.test_examples)},
         collate=imagenet.Collate(inputs.num_tokens, inputs.name, inputs.extra),
         hashes={Path(str(config.dataset)).name: hash_files(paths)},
-        facts={"processor": inputs.processor},
+        facts={"processor": inputs.processor, "transforms": inputs.transforms},
     )

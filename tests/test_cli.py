@@ -355,6 +355,7 @@ def test_an_unforeseen_error_is_one_line(call, monkeypatch):
         ("tasks", ["glue", "imagenet", "lm", "recall", "summarization"]),
         ("datasets", ["movie-reviews", "snli", "cola", "mnli", "wikipedia", "wikitext103", "digits", "cifar10",
                       "imagenet-1k", "ar", "mqar"]),
+        ("models", ["minilm", "smollm2", "dinov2"]),
         ("presets", ["mini", "paper", "minilm", "bert-base-uncased"]),
         ("recipes", ["hedgehog", "t2r", "t2r-hh", "no-transfer", "transfer-only", "untrained"]),
     ],

@@ -115,7 +115,8 @@ def test_yaml_spells_numbers_in_several_ways():
     "wrong",
     [
         {"lr": "fast"}, {"seed": 1.5}, {"seed": "one"}, {"tune": ["a"]}, {"tune": "a"}, {"option": "activation"},
-        {"option": [1]}, {"layers": "softmax"}, {"layers": {"a": "softmax"}}, {"layers": "0="}, {"bach_size": 8}, {"force": "no"}, {"lr": [1]}, {"batch_size": float("inf")},
+        {"option": [1]}, {"layers": "softmax"}, {"layers": {"a": "softmax"}}, {"layers": "0="},
+        {"bach_size": 8}, {"force": "no"}, {"lr": [1]}, {"batch_size": float("inf")},
     ],
     ids=str,
 )  # fmt: skip
@@ -147,7 +148,7 @@ def test_a_label_is_a_name_and_its_options():
 def test_a_newer_setting_is_in_the_identity_only_when_it_is_used():
     """Results from before it was there keep their keys."""
     newer = {"window": 8, "layers": (("0", "softmax"),), "keep_layers": "0", "lora": "r=4", "queries": 8,
-             "transfer_loss": "both"}  # fmt: skip
+             "transfer_loss": "both", "freeze_maps": True}  # fmt: skip
     assert {name for name, field in FIELDS.items() if field.metadata["silent"]} == newer.keys()
     assert not newer.keys() & RunConfig(**BASE).identity().keys()
     for name, value in newer.items():

@@ -5,6 +5,7 @@ import gc
 import itertools
 import math
 from collections.abc import Callable
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from hhbench import distill, hosts
 from hhbench.attention import ATTENTIONS, Attention, FeatureMap, LinearAttention, MixerShape, build_attention
-from hhbench.distill import LayerFidelity, TransferLoss, draw_blocks, intercepted
+from hhbench.distill import TransferLoss, draw_blocks, intercepted
 from hhbench.errors import HHBenchError, UsageError
+from hhbench.fidelity import measure
 from hhbench.hosts import AttentionSlot, Placement
 from hhbench.train import encode
 
@@ -76,12 +78,10 @@ def teach(model: nn.Module, inputs: dict[str, Tensor], *, steps: int) -> None:
         optimizer.step()
 
 
-@torch.no_grad()
 def fidelity(model: nn.Module, inputs: dict[str, Tensor]) -> list[tuple[float, float, float]]:
-    layers = {name: LayerFidelity() for name in hosts.slots(model)}
-    with intercepted(model, dict(layers)):
-        encode(model, inputs)
-    return [layer.means() for layer in layers.values()]
+    """Per layer: KL(softmax || weights), entropy of softmax, entropy of the attention, means over heads."""
+    layers = (layer.local for layer in measure(model, [inputs], order=False).layers)
+    return [(mean(one.kl), mean(one.teacher_entropy), mean(one.student_entropy)) for one in layers]
 
 
 def watched(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, Tensor, Tensor | None]]:
@@ -122,20 +122,14 @@ def test_transfer_brings_the_maps_to_softmax_and_changes_nothing_else(family, la
 
 
 def test_the_softmax_model_s_hidden_states_are_passed_on():
-    for family, attn in itertools.product(["bert", "llama"], ["hedgehog", "t2r", "elu"]):
+    for family, attn in itertools.product(["bert", "llama"], ["hedgehog", "t2r"]):
         model, inputs = make_host(family, 3, attn), make_inputs()
         softmax = hosts.convert(copy.deepcopy(model), "softmax")
-        hidden = []
-        for measured in (softmax, model):
-            layers = {} if measured is softmax else {name: LayerFidelity() for name in hosts.slots(model)}
-            with torch.no_grad(), intercepted(measured, layers):
-                hidden.append(measured(**inputs, output_hidden_states=True).hidden_states)
-        assert all(torch.equal(one, other) for one, other in zip(*hidden, strict=True))
-        if attn == "elu":
-            continue  # nothing to teach
+        with torch.no_grad():
+            hidden = softmax(**inputs, output_hidden_states=True).hidden_states
         with torch.no_grad(), intercepted(model, {name: TransferLoss() for name in hosts.slots(model)}):
             taught = model(**inputs, output_hidden_states=True).hidden_states
-        assert all(torch.equal(one, other) for one, other in zip(taught, hidden[0], strict=True))
+        assert all(torch.equal(one, other) for one, other in zip(taught, hidden, strict=True))
 
 
 # --- the gradient ---
@@ -615,7 +609,7 @@ def test_interceptors_are_gone_afterwards():
         assert hosts.slots(model)[first].interceptor is None
         assert hosts.slots(model)[second].interceptor is fail
     assert all(slot.interceptor is None for slot in hosts.slots(model).values())
-    failing = intercepted(model, {first: LayerFidelity(), second: fail})
+    failing = intercepted(model, {first: TransferLoss(), second: fail})
     with pytest.raises(RuntimeError, match="no"), torch.no_grad(), failing:
         encode(model, inputs)
     assert all(slot.interceptor is None for slot in hosts.slots(model).values())
@@ -624,88 +618,7 @@ def test_interceptors_are_gone_afterwards():
     assert all(slot.interceptor is None for slot in hosts.slots(model).values())
 
 
-# --- the numbers of the report ---
-
-
-class Even(Attention):
-    """Every key that may be seen has the same weight."""
-
-    def forward(self, q, k, v, *, key_mask=None, positions=None):
-        return self.weights(q, k, key_mask=key_mask) @ v
-
-    def weights(self, q, k, *, key_mask=None, positions=None):
-        visible = torch.ones(*q.shape[:3], k.shape[2], dtype=q.dtype)
-        if self.shape.causal:
-            visible = visible.tril(k.shape[2] - q.shape[2])
-        if key_mask is not None:
-            visible = visible * key_mask[:, None, None, :]
-        return visible / visible.sum(-1, keepdim=True).clamp_min(1)
-
-
-ODDS = torch.tensor([[[1.0, 1, 2], [2, 1, 1], [1, 2, 1]], [[1, 1, 1], [1, 3, 1], [1, 1, 1]]])  # of two heads
-
-
-def odds_qk() -> tuple[Tensor, Tensor]:
-    """q and k whose softmax at scale 1 gives each key a weight in proportion to its odds."""
-    q = torch.eye(3).expand(1, 2, 3, 3)
-    return q, ODDS.log().mT[None]
-
-
-def entropy(*weights: float) -> float:
-    return -sum(w * math.log(w) for w in weights)
-
-
-def measured(causal: bool, mask: list[bool] | None, make_shape: Any) -> LayerFidelity:
-    shape = make_shape(head_dim=3, scale=1.0, causal=causal)
-    q, k = odds_qk()
-    layer, v = LayerFidelity(), torch.randn(1, 2, 3, 3)
-    key_mask = None if mask is None else torch.tensor([mask])
-    out = layer(make_slot(Even(shape)), q, k, v, key_mask)
-    torch.testing.assert_close(out, build_attention("softmax", shape)(q, k, v, key_mask=key_mask))
-    return layer
-
-
-@pytest.mark.parametrize("block", [256, 2, 1])
-def test_three_tokens_by_hand(make_shape, monkeypatch, block):
-    monkeypatch.setattr(distill, "QUERY_BLOCK", block)
-    quarter, fifths, third = entropy(0.25, 0.25, 0.5), entropy(0.2, 0.6, 0.2), math.log(3)
-    layer = measured(False, None, make_shape)
-    teacher = (3 * quarter + third + fifths + third) / 6
-    assert layer.queries == 3
-    assert layer.means() == pytest.approx((third - teacher, teacher, third), abs=1e-6)
-
-    # Causal: rows see 1, 2 and 3 keys.
-    layer = measured(True, None, make_shape)
-    teacher = (0 + entropy(2 / 3, 1 / 3) + quarter + 0 + entropy(0.25, 0.75) + third) / 6
-    student = (0 + math.log(2) + third) / 3
-    assert layer.queries == 3
-    assert layer.means() == pytest.approx((student - teacher, teacher, student), abs=1e-6)
-
-    # The last token is padding: neither a key nor a query.
-    layer = measured(False, [True, True, False], make_shape)
-    teacher = (math.log(2) + entropy(2 / 3, 1 / 3) + math.log(2) + entropy(0.25, 0.75)) / 4
-    assert layer.queries == 2
-    assert layer.means() == pytest.approx((math.log(2) - teacher, teacher, math.log(2)), abs=1e-6)
-
-    # The first one is, causal: one row of one key, one row of two.
-    layer = measured(True, [False, True, True], make_shape)
-    teacher = (0 + entropy(2 / 3, 1 / 3) + 0 + math.log(2)) / 4
-    assert layer.queries == 2
-    assert layer.means() == pytest.approx((math.log(2) / 2 - teacher, teacher, math.log(2) / 2), abs=1e-6)
-
-
-def test_batches_add_up(make_shape):
-    """A mean per query: a longer batch counts for more."""
-    shape = make_shape(head_dim=3, scale=1.0, causal=False)
-    slot, layer = make_slot(Even(shape)), LayerFidelity()
-    assert layer.means() == (0.0, 0.0, 0.0)
-    q, k = odds_qk()
-    v = torch.zeros(1, 2, 3, 3)
-    layer(slot, q, k, v, None)
-    alone = layer.means()
-    layer(slot, q, torch.zeros_like(k), v, torch.tensor([[True, False, False]]))
-    assert layer.queries == 4
-    assert layer.means() == pytest.approx([0.75 * value for value in alone], abs=1e-6)
+# --- the loss beside the report ---
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])

@@ -1,6 +1,7 @@
 """Which layers are given their softmax back: a spoiled one first; all of them make the softmax model."""
 
 import copy
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ import transformers as tf
 from torch import Tensor, nn
 
 from hhbench import hosts
-from hhbench.distill import LayerFidelity, intercepted
 from hhbench.errors import HHBenchError, UsageError
+from hhbench.fidelity import measure
 from hhbench.layer_choice import Step, keep_worst
 
 VOCAB, LAYERS, SPOILED = 30, 4, "transformer.h.2.attn"
@@ -36,12 +37,9 @@ def loss(model: nn.Module) -> float:
     return float(model(IDS, labels=IDS).loss)
 
 
-@torch.no_grad()
 def divergences(model: nn.Module) -> dict[str, float]:
-    layers = {name: LayerFidelity() for name in hosts.slots(model)}
-    with intercepted(model, dict(layers)):
-        model(IDS)
-    return {name: layer.means()[0] for name, layer in layers.items()}
+    layers = measure(model, [{"input_ids": IDS}], order=False).layers
+    return {layer.name: mean(layer.local.kl) for layer in layers}
 
 
 def make_spoiled(attn: str = "hedgehog", **options: Any) -> tuple[nn.Module, nn.Module]:

@@ -15,7 +15,7 @@ from hhbench.attention import ATTENTIONS
 from hhbench.config import RECIPES, RunConfig
 from hhbench.errors import HHBenchError, UsageError
 from hhbench.hosts import attention_parameters
-from hhbench.runner import _Run, execute, expand, prepare
+from hhbench.runner import OPTIONAL, _Run, execute, expand, prepare
 from hhbench.task import TASKS
 from hhbench.train import TrainStage
 
@@ -88,7 +88,7 @@ def check_complete(made: result.Result, path: Path) -> None:
         "the settings in a result make the config again"
     )
     blank = {name for name, value in made.config.items() if value is None}
-    assert blank <= {"recipe", "micro_batch_size", "data_folder"}
+    assert blank <= OPTIONAL
     assert made.metrics[made.score.name] == made.score.value
     examples = np.load(path.parent / "examples.npz")
     assert examples["index"].tolist() == list(range(made.score.num_examples))
@@ -146,6 +146,17 @@ def test_a_frozen_map_stays_as_it_was(out, last_model):
     for feature_map in (attention.query_map, attention.key_map):
         assert torch.equal(feature_map.weight, torch.eye(8).expand_as(feature_map.weight))
     assert all(p.requires_grad for p in last_model[0].parameters())
+
+
+def test_maps_may_stay_as_transfer_taught_them(out, last_model):
+    def maps(**settings) -> list[torch.Tensor]:
+        execute(recall(out, regime=CONVERSION, **settings))
+        return [p.detach().clone() for p in hosts.attention_parameters(last_model[0])]
+
+    taught, frozen = maps(recipe="transfer-only"), maps(recipe="hedgehog", freeze_maps=True)
+    assert all(torch.equal(one, other) for one, other in zip(taught, frozen, strict=True))
+    finetuned = maps(recipe="hedgehog")
+    assert not any(torch.equal(one, other) for one, other in zip(taught, finetuned, strict=True))
 
 
 @both_tasks
@@ -331,6 +342,7 @@ CHANGES = {
     "transfer_loss": {"transfer_loss": "both"},
     "queries": {"queries": 8},
     "lora": {"lora": "r=2"},
+    "freeze_maps": {"freeze_maps": True},
     "seed": {"seed": 1},
     "teacher_seed": {"teacher_seed": 1},
     "model": {"model": "gpt2-1x16x1"},
