@@ -711,7 +711,7 @@ def _fidelity(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from hhbench.fidelity_folder import Fidelity, multiples_of, open_folder
+    from hhbench.fidelity.folder import Fidelity, multiples_of, open_folder
 
     multiples = multiples_of(args.lengths)
     if args.examples < 1:

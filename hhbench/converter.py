@@ -4,8 +4,10 @@
 and resumption. What is decided here is which task the model and the data make, and where the folder goes.
 """
 
+import difflib
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from hhbench import models, pretrained
 from hhbench.config import RunConfig
 from hhbench.data import offline
 from hhbench.errors import UsageError
+from hhbench.runner import prepare
 from hhbench.task import TASKS, Kind, Task
 
 
@@ -27,14 +30,23 @@ def kind_of(model: str) -> Kind:
     """What a model is: read from its config, or timm's list.
 
     Raises:
-        UsageError: it is none of the three.
-        DataError: there is no such model.
+        UsageError: it is none of the three, or no name at all.
+        DataError: there is no such model, or its folder isn't whole.
     """
     import timm
 
     source = pretrained.source(model)
-    if not Path(source).exists() and source.split(".")[0] in timm.list_models():
+    folder = Path(source)
+    if folder.is_dir():
+        models.check_folder(folder, pretrained=True)
+    elif folder.is_file():
+        raise UsageError(f"{model} is a file: name the folder that holds config.json and the weights")
+    elif source.split(".")[0] in timm.list_models():
         return "vision"
+    elif source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise UsageError(f"there is no folder {model}")
+    elif close := difflib.get_close_matches(source, pretrained.PRETRAINED, n=1, cutoff=0.8):
+        raise UsageError(f"no model named {model!r}. Did you mean {close[0]!r}?")
     with models.clear_errors(source):
         config = AutoConfig.from_pretrained(source, local_files_only=offline())
     architecture = (config.architectures or [""])[0]
@@ -70,7 +82,11 @@ def config_of(model: str, settings: Mapping[str, Any]) -> RunConfig:
 
 
 def _original(model: str) -> str:
-    """A converted folder's own teacher; any other model as it is."""
+    """A converted folder's own teacher; any other model as it is.
+
+    Raises:
+        UsageError: the folder doesn't say what it was made from, or that is gone or has changed.
+    """
     folder = Path(model)
     if not models.is_converted(folder):
         return model
@@ -80,11 +96,19 @@ def _original(model: str) -> str:
         raise UsageError(
             f"{model} is converted already and doesn't say what from: name the model that it was made from"
         )
+    if not Path(original).is_absolute():
+        return str(original)  # a name: folders are kept by their whole path
+    if not Path(original).is_dir():
+        raise UsageError(f"{model} was made from {original}, which is gone: name a model to start from")
+    if set(models.weights_hash(original, original).values()) != set(run.get("weights", {}).values()):
+        raise UsageError(f"{model} was made from {original}, whose weights have changed since: name that to start anew")
     return str(original)
 
 
 def _data_of(kind: Kind, task: str | None, dataset: str | None, model: str) -> tuple[str, str]:
     """The task and the data set: those that were named; else the first task for such a model that can read the data."""
+    if task == "all" or "," in (task or ""):
+        raise UsageError(f"a model is converted on one task, not on {task}")
     names = [task] if task else [name for name in TASKS.names() if kind in TASKS.get(name).part.teaches]
     tasks: list[Task] = [TASKS.get(name).build() for name in names]
     if dataset is None:
@@ -92,6 +116,7 @@ def _data_of(kind: Kind, task: str | None, dataset: str | None, model: str) -> t
             if (default := one.teaches.get(kind)) is not None:
                 return one.name, default
         raise UsageError(f"name the data to teach {model} on with --data")
+    _check_kind_of_data(kind, dataset, model)
     complaints = []
     for name, one in zip(names, tasks, strict=True):
         try:
@@ -99,9 +124,29 @@ def _data_of(kind: Kind, task: str | None, dataset: str | None, model: str) -> t
             return name, dataset
         except UsageError as error:
             complaints.append(str(error))
-    raise UsageError(f"{model}, a {kind} model, can't be taught on {dataset}: {'; '.join(complaints)}")
+    raise UsageError(f"{dataset} can't teach {model} ({kind}): {'; '.join(complaints)}")
+
+
+def _check_kind_of_data(kind: Kind, dataset: str, model: str) -> None:
+    """Images for a vision transformer, text for the others, where the data are the user's own."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    path = Path(dataset)
+    if not path.exists():
+        if path.suffix in (".txt", ".csv", ".jsonl") or os.sep in dataset:
+            raise UsageError(f"there is no file or folder {dataset}")
+        return
+
+    def are_images() -> Iterator[bool]:
+        return (f.suffix.lower() in IMG_EXTENSIONS for f in path.rglob("*") if f.is_file())  # none below a file
+
+    if kind == "vision" and not any(are_images()):
+        raise UsageError(f"{dataset} holds no images, and {model} ({kind}) takes a folder of images")
+    if kind != "vision" and any(are_images()) and all(are_images()):
+        raise UsageError(f"{dataset} holds images, and {model} ({kind}) takes text")
 
 
 def _default_folder(config: RunConfig) -> Path:
-    name = "-".join([Path(str(config.model)).name, config.attn.replace(".py:", "-")])
+    attention = prepare(config).spec.name.replace(".py:", "-")
+    name = f"{Path(str(config.model)).absolute().name}-{attention}"
     return Path("converted") / re.sub(r"[^\w.=,+-]", "_", name)

@@ -52,10 +52,12 @@ def transformers_model(auto: Any, source: str, *, pretrained: bool, dropout: flo
 
     Raises:
         DataError: the folder or the model can't be had, or has no safetensors weights.
-        UsageError: the folder holds a converted model.
+        UsageError: the folder holds a converted model, or one whose head is for another number of labels.
     """
     if Path(source).is_dir():
         check_folder(Path(source), pretrained=pretrained)
+    if pretrained and "num_labels" in settings:
+        _check_head(source, settings["num_labels"])
     with clear_errors(source):
         config = AutoConfig.from_pretrained(source, local_files_only=offline(), **settings)
         for name in DROPOUTS:
@@ -69,6 +71,17 @@ def transformers_model(auto: Any, source: str, *, pretrained: bool, dropout: flo
             source, config=config, local_files_only=offline(), use_safetensors=True, dtype=torch.float32
         )
     return model
+
+
+def _check_head(source: str, num_labels: int) -> None:
+    """A classifier's head is part of what was pretrained: it isn't thrown away unasked."""
+    with clear_errors(source):
+        own = AutoConfig.from_pretrained(source, local_files_only=offline())
+    if (own.architectures or [""])[0].endswith("Classification") and own.num_labels != num_labels:
+        raise UsageError(
+            f"{source} has a head for {own.num_labels} labels, and the data have {num_labels}: name other data, or a "
+            "model without a head"
+        )
 
 
 def gpt2(
@@ -134,10 +147,23 @@ def timm_model(name: str, *, pretrained: bool, **settings: Any) -> nn.Module:
     recipe = TimmRecipe(name, settings)
     if not pretrained:
         return recipe.build()
+    _check_cached(name)
     with clear_errors(name):
         model: nn.Module = timm.create_model(name, pretrained=True, **settings)
     model.hhbench_recipe = recipe  # type: ignore[assignment]
     return model
+
+
+def _check_cached(name: str) -> None:
+    """Without a network timm would ask the hub again and again for what isn't there."""
+    import timm
+    from huggingface_hub import try_to_load_from_cache
+
+    known = timm.models.get_pretrained_cfg(name)
+    repo = getattr(known, "hf_hub_id", None)
+    files = ("model.safetensors", "pytorch_model.bin", getattr(known, "hf_hub_filename", None))
+    if offline() and repo and not any(isinstance(try_to_load_from_cache(repo, file), str) for file in files if file):
+        raise DataError(f"the weights of {name} ({repo}) aren't in the hub's cache, and the network is switched off")
 
 
 def timm_weights_hash(name: str) -> dict[str, str]:

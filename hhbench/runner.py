@@ -376,6 +376,11 @@ class _Run:
             for line in conversion.lines():
                 log.info("%s", line)
         conversion.carry_out()
+        measured = sum(_is_measured(slot) for slot in hosts.slots(model).values())
+        if plan.chooses > measured:
+            raise UsageError(
+                f"--keep-layers auto:{plan.chooses}: {measured} layers have weights to compare with softmax's"
+            )
         self.host_params, self.params_added = before, _count(model) - before
         log.info("%s adds %s parameters to %s", plan.label, f"{self.params_added:,}", f"{before:,}")
         if plan.converts:
@@ -389,6 +394,7 @@ class _Run:
                 log.info("%d rows of features lay at the floor in the test", self.fidelity["floored_rows"])
         made = self._record(model, value, metrics, num_examples)
         if rank() == 0:
+            Result.from_dict(made.as_dict())  # a score that is no number leaves no model either
             if self.model_folder is not None:
                 models.save(
                     model,

@@ -40,9 +40,10 @@ class Unlabelled(Task):
     suites = {"mini": (), "paper": ()}
 
     def settings(self, config: RunConfig) -> dict[str, Any]:
+        images = _image_files(config)
         return {
             "model": "minilm",
-            "max_len": 128,
+            "max_len": imagenet.ImageNet().settings(config)["max_len"] if images else 128,
             "dropout": 0.0,
             "train_examples": 2000,
             "test_examples": 200,
@@ -61,7 +62,7 @@ class Unlabelled(Task):
 
     def dataset(self, name: str) -> Dataset:
         path = Path(name)
-        if name not in self.datasets and (path.is_dir() or path.suffix == ".txt"):
+        if name not in self.datasets and (path.is_dir() or (path.is_file() and path.suffix == ".txt")):
             return Dataset(path.name, "kl", higher_is_better=False)
         return super().dataset(name)
 

@@ -17,12 +17,14 @@ from test_distill import make_host, make_inputs
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor, nn
 
-from hhbench import fidelity, fidelity_folder, hosts, models
+from hhbench import hosts, models
 from hhbench.attention import Attention, MixerShape, build_attention
 from hhbench.cli import main
 from hhbench.config import RunConfig
 from hhbench.errors import HHBenchError, UsageError
-from hhbench.fidelity import MEASURES, FidelityReport, LayerReport, measure
+from hhbench.fidelity import folder as fidelity_folder
+from hhbench.fidelity import measures as fidelity
+from hhbench.fidelity.measures import MEASURES, FidelityReport, LayerReport, measure
 from hhbench.hosts import AttentionSlot, Placement
 from hhbench.hosts.slots import SLOT
 from hhbench.runner import prepare

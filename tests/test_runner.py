@@ -150,7 +150,7 @@ def test_a_frozen_map_stays_as_it_was(out, last_model):
 
 def test_maps_may_stay_as_transfer_taught_them(out, last_model):
     def maps(**settings) -> list[torch.Tensor]:
-        execute(recall(out, regime=CONVERSION, **settings))
+        execute(recall(out, regime=CONVERSION, force=True, **settings))
         return [p.detach().clone() for p in hosts.attention_parameters(last_model[0])]
 
     taught, frozen = maps(recipe="transfer-only"), maps(recipe="hedgehog", freeze_maps=True)

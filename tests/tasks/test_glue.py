@@ -143,7 +143,7 @@ def test_what_is_wrong_with_a_table_or_model_is_said(bert, tmp_path):
     good = write(tmp_path / "a.csv", rows)
     with pytest.raises(DataError, match=r"line 2: empty text"):
         load(bert, write(tmp_path / "b.csv", [rows[0] | {"text": " "}, *rows]))
-    with pytest.raises(DataError, match="--model takes a folder"):
+    with pytest.raises(DataError, match="holds no tokenizer"):
         load(str(tmp_path), good)
     with pytest.raises(UsageError, match="no file"):
         load(bert, tmp_path / "no.csv")

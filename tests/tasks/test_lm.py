@@ -365,4 +365,4 @@ def test_a_pretrained_model_of_a_folder_is_converted_end_to_end(gpt2, tmp_path):
     assert made.teacher is not None and made.after_swap is not None and made.after_transfer is not None
     assert made.fidelity is not None and len(made.fidelity["kl_after"]) == 2
     assert made.score.value < made.teacher["score"]
-    assert set(made.identity["weights"]) == {str(gpt2)}
+    assert set(made.identity["weights"]) == {"gpt2"}

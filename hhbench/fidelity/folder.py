@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hhbench import hosts, models
 from hhbench.config import RunConfig
 from hhbench.errors import DataError, HHBenchError, UsageError
-from hhbench.fidelity import (
+from hhbench.fidelity.measures import (
     MEASURES,
     FidelityReport,
     Sample,
@@ -393,8 +393,8 @@ class Fidelity:
         }
 
     def save_plots(self, folder: Path) -> list[Path]:
-        """See `hhbench.fidelity_plots.save_plots`."""
-        from hhbench.fidelity_plots import save_plots
+        """See `hhbench.fidelity.plots.save_plots`."""
+        from hhbench.fidelity.plots import save_plots
 
         return save_plots(self.report, folder, title=self.subject.title, samples=self.samples, lengths=self.lengths)
 
