@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except KeyboardInterrupt:
         resume = (
-            f" The last checkpoint is kept: run the same command{' with --resume' * (args.command == 'run')} to go on."
+            f" What is done is kept: run the same command{' with --resume' * (args.command == 'run')} to go on."
             if args.command in ("run", "convert")
             else ""
         )
@@ -392,11 +392,14 @@ def _convert(args: argparse.Namespace) -> int:
     for line in plan.lines():
         log.info("%s", line)
     log.info("  kept in: %s", config.model_folder)
-    if args.dry_run:
-        log.info("dry run: nothing done")
-        return 0
     for file in plan.task.files(plan.config):
         data.fetch(file)
+    if args.dry_run:
+        model = plan.task.build_model(plan.config, plan.task.load_data(plan.config))
+        for line in plan.conversion(model).lines():
+            log.info("%s", line)
+        log.info("dry run: nothing done")
+        return 0
     made, path = execute(config)
     from hhbench.train import rank
 

@@ -129,6 +129,17 @@ class Plan:
             f"  stages: {' -> '.join(stages)} -> test",
         ]
 
+    def conversion(self, model: nn.Module) -> hosts.ConversionPlan:
+        """What the attention of each layer of the model will be."""
+        return hosts.plan_conversion(
+            model,
+            self.spec,
+            keep_layers=self.kept,
+            layers=self.layers,
+            context=self.config.max_len,
+            **self.config.options,
+        )
+
     @property
     def lora(self) -> LoraSettings | None:
         return LoraSettings.parse(self.config.lora) if self.config.lora else None
@@ -369,9 +380,7 @@ class _Run:
         model = self._start()
         before = _count(model)
         torch.manual_seed(c.seed)
-        conversion = hosts.plan_conversion(
-            model, plan.spec, keep_layers=plan.kept, layers=plan.layers, context=c.max_len, **c.options
-        )
+        conversion = plan.conversion(model)
         if plan.converts:
             for line in conversion.lines():
                 log.info("%s", line)

@@ -594,7 +594,7 @@ def test_an_interrupted_run_is_resumed(tmp_path):
     assert out == ""
     assert "Traceback" not in err
     assert [line for line in err.splitlines() if "interrupted" in line] == [
-        "hhbench: interrupted. The last checkpoint is kept: run the same command with --resume to go on."
+        "hhbench: interrupted. What is done is kept: run the same command with --resume to go on."
     ]
     assert not results(tmp_path)
     assert [path.name for path in tmp_path.rglob("last.ckpt")] == ["last.ckpt"]

@@ -289,7 +289,9 @@ def test_the_default_folder_bears_both_names(home, monkeypatch):
 def test_a_dry_run_does_nothing(convert, tmp_path):
     code, out, err = convert("llama", "--attn", "hedgehog", "--data", "text.txt", "--dry-run")
     assert (code, out) == (0, "")
-    assert err.splitlines()[-2:] == [f"  kept in: {tmp_path / 'model'}", "dry run: nothing done"]
+    kept, replaced, end = err.splitlines()[-3:]
+    assert (kept, end) == (f"  kept in: {tmp_path / 'model'}", "dry run: nothing done")
+    assert replaced.startswith("layers 0-1 of 2 get hedgehog")
     assert not list(tmp_path.iterdir())
 
 
@@ -397,7 +399,7 @@ def test_ctrl_c_in_a_process_of_its_own(convert, home, tmp_path):
         out, err = running.communicate(timeout=120)
     assert (running.returncode, out) == (130, ""), err
     assert "Traceback" not in err
-    assert err.splitlines()[-1] == ("hhbench: interrupted. The last checkpoint is kept: run the same command to go on.")
+    assert err.splitlines()[-1] == ("hhbench: interrupted. What is done is kept: run the same command to go on.")
     assert len(list((tmp_path / "runs").rglob("last.ckpt"))) == 1
     assert not (tmp_path / "model").exists()
 
