@@ -66,8 +66,12 @@ def plot(name: str) -> None:
     longest = max(
         len({(r.attention["label"], r.attention["recipe"]) for r in found if r.task["title"] == t}) for _, t in titles
     )
-    columns = math.ceil(len(titles) / 2)
-    figure, panels = plt.subplots(2, columns, figsize=(5.4 * columns, 2 * (1 + 0.17 * longest)), squeeze=False)
+    lines = 2 if len(titles) > 3 else 1
+    columns = math.ceil(len(titles) / lines)
+    size = (max(9.0, 5.4 * columns), lines * (1 + 0.17 * max(longest, 8)))
+    figure, panels = plt.subplots(lines, columns, figsize=size, squeeze=False)
+    for panel in panels.flat[len(titles) :]:
+        panel.set_axis_off()
     for panel, (task, title) in zip(panels.flat, titles, strict=False):
         members = [r for r in found if (r.task["name"], r.task["title"]) == (task, title)]
         metric = members[0].score
@@ -80,7 +84,8 @@ def plot(name: str) -> None:
         for one in members:
             label, recipe = one.attention["label"], one.attention["recipe"]
             usual = recipe in (None, ATTENTIONS.get(one.attention["name"]).recipe)
-            rows.setdefault(label if usual else f"{label} ({recipe})", []).append(one.score.value)
+            notes = ([] if usual else [recipe]) + (["LoRA"] if one.config.get("lora") else [])
+            rows.setdefault(f"{label} ({', '.join(notes)})" if notes else label, []).append(one.score.value)
         best_last = sorted(rows, key=lambda row: statistics.mean(rows[row]), reverse=not metric.higher_is_better)
         for y, row in enumerate(best_last):
             panel.plot(rows[row], [y] * len(rows[row]), "o", color="#1f3b4d", markersize=4, alpha=0.7)
