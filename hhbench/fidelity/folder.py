@@ -18,6 +18,7 @@ from hhbench.errors import DataError, HHBenchError, UsageError
 from hhbench.fidelity.measures import (
     MEASURES,
     FidelityReport,
+    LengthPoint,
     Sample,
     evaluating,
     label_of,
@@ -180,28 +181,6 @@ def _spread(split: Split, examples: int, longer_than: int) -> list[int]:
 
 
 # ---- longer sequences ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LengthPoint:
-    """How a model fares on sequences of a length.
-
-    Attributes:
-        times: the length that it was taught at.
-        length: in tokens, at most.
-        examples: how many were measured.
-        kl: of the local column, the mean over converted layers and heads; None for an attention without weights.
-        perplexity, teacher_perplexity: per token, for decoders.
-        skipped: why nothing was measured.
-    """
-
-    times: int
-    length: int
-    examples: int = 0
-    kl: float | None = None
-    perplexity: float | None = None
-    teacher_perplexity: float | None = None
-    skipped: str | None = None
 
 
 def extrapolate(

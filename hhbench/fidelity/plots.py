@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from hhbench.errors import HHBenchError
-from hhbench.fidelity.folder import LengthPoint
-from hhbench.fidelity.measures import FidelityReport, LayerReport, Sample
+from hhbench.fidelity.measures import FidelityReport, LayerReport, LengthPoint, Sample
 
 # Told apart with any colour vision: Okabe and Ito's blue and vermilion, and grey.
 STUDENT, TEACHER, MISSING = "#0072b2", "#d55e00", "#d9d9d9"

@@ -15,7 +15,7 @@ What can't be hosted is refused by name, with the reason, before anything trains
 """
 
 from hhbench.hosts.cache import StateCache
-from hhbench.hosts.conversion import ConversionPlan, attach, convert, host_layers, plan_conversion
+from hhbench.hosts.conversion import ConversionPlan, convert, host_layers, plan_conversion
 from hhbench.hosts.families import become_hosted, hosted_class
 from hhbench.hosts.interface import INTERFACE, position_ids
 from hhbench.hosts.slots import (
@@ -25,6 +25,7 @@ from hhbench.hosts.slots import (
     Interceptor,
     MixerSlot,
     Placement,
+    attach,
     attention_parameters,
     attentions,
     placements,

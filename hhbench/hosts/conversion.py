@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.layers import Attention as TimmAttention
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -23,15 +22,15 @@ from hhbench.errors import UsageError
 from hhbench.hosts.interface import INTERFACE
 from hhbench.hosts.probe import UNBOUNDED, ranges, transformers_layers
 from hhbench.hosts.slots import (
-    SLOT,
     WINDOWED,
     AttentionSlot,
     CrossAttentionSlot,
     HostLayer,
     MixerSlot,
     Placement,
+    attach,
 )
-from hhbench.hosts.timm_layers import SlottedTimmAttention, timm_layers
+from hhbench.hosts.timm_layers import timm_layers
 
 Choice = tuple[str | AttentionSpec, Mapping[str, Any]]
 
@@ -200,22 +199,6 @@ def convert(
     """
     plan = plan_conversion(model, attn, keep_layers=keep_layers, layers=layers, context=context, **options)
     return plan.carry_out()
-
-
-def attach(model: nn.Module, placement: Placement, built: Attention | SequenceMixer | None = None) -> None:
-    """Put an attention into its layer, or a mixer into the layer's place, or mark cross-attention as kept."""
-    layer = model.get_submodule(placement.layer)
-    if placement.cross:
-        layer.add_module(SLOT, CrossAttentionSlot(placement).train(layer.training))
-        return
-    assert built is not None
-    if isinstance(built, SequenceMixer):
-        parent, _, name = placement.layer.rpartition(".")
-        setattr(model.get_submodule(parent), name, MixerSlot(built, placement, layer).train(built.training))
-        return
-    layer.add_module(SLOT, AttentionSlot(built, placement).train(built.training))
-    if isinstance(layer, TimmAttention):
-        layer.__class__ = SlottedTimmAttention
 
 
 def host_layers(model: nn.Module) -> list[HostLayer]:

@@ -28,9 +28,8 @@ from transformers.models.auto import modeling_auto
 from hhbench.attention import ATTENTIONS, Attention, AttentionSpec, LinearAttention, MixerShape, SequenceMixer
 from hhbench.errors import HHBenchError, UsageError
 from hhbench.hosts.cache import ConstantState
-from hhbench.hosts.conversion import attach
 from hhbench.hosts.interface import INTERFACE
-from hhbench.hosts.slots import SLOT, AttentionSlot, CrossAttentionSlot, MixerSlot, Placement
+from hhbench.hosts.slots import SLOT, AttentionSlot, CrossAttentionSlot, MixerSlot, Placement, attach
 from hhbench.registry import is_code_reference, source_hash
 
 FAMILIES = (

@@ -162,6 +162,40 @@ class HostLayer:
     cross: bool = False
 
 
+class SlottedTimmAttention(TimmAttention):  # type: ignore[misc]  # timm is untyped
+    """timm's Attention with a slot where its softmax was; qkv, norms, gate and proj are timm's."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if attn_mask is not None or is_causal:
+            raise UsageError("hhbench hosts timm's attention without a mask and bidirectional")
+        gate = self.gate(x).sigmoid() if getattr(self, "gate", None) is not None else None
+        B, N = x.shape[:2]
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = self.q_norm(q), self.k_norm(k)
+        x = getattr(self, SLOT)(q, k, v, None).transpose(1, 2).reshape(B, N, -1)
+        if hasattr(self, "norm"):
+            x = self.norm(x)
+        if gate is not None:
+            x = x * gate
+        return self.proj_drop(self.proj(x))  # type: ignore[no-any-return]
+
+
+def attach(model: nn.Module, placement: Placement, built: Attention | SequenceMixer | None = None) -> None:
+    """Put an attention into its layer, or a mixer into the layer's place, or mark cross-attention as kept."""
+    layer = model.get_submodule(placement.layer)
+    if placement.cross:
+        layer.add_module(SLOT, CrossAttentionSlot(placement).train(layer.training))
+        return
+    assert built is not None
+    if isinstance(built, SequenceMixer):
+        parent, _, name = placement.layer.rpartition(".")
+        setattr(model.get_submodule(parent), name, MixerSlot(built, placement, layer).train(built.training))
+        return
+    layer.add_module(SLOT, AttentionSlot(built, placement).train(built.training))
+    if isinstance(layer, TimmAttention):
+        layer.__class__ = SlottedTimmAttention
+
+
 def slots(model: nn.Module) -> dict[str, AttentionSlot]:
     """The slots of a host by layer name, in order of depth."""
     suffix = f".{SLOT}"
