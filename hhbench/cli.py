@@ -209,7 +209,7 @@ def _parser() -> _Parser:
     sub.add_argument("folder", type=Path, help="a converted model, or a run that kept its model")
     sub.add_argument("--data", metavar="DATA", help="another data set of its task, or your own (default: the run's)")
     sub.add_argument("--max-len", type=int, metavar="N", help="longest sequence in tokens (default: the run's)")
-    sub.add_argument("--examples", type=int, default=64, metavar="N", help="of the test split (default: 64)")
+    sub.add_argument("--examples", type=int, default=32, metavar="N", help="of the test split (default: 32)")
     sub.add_argument(
         "--lengths", default="1,2,4", metavar="TIMES", help="times the length it was taught at (default: 1,2,4)"
     )
@@ -852,6 +852,8 @@ def _doctor(args: argparse.Namespace) -> int:
         ("cache", cache, f"{shutil.disk_usage(cache).free / 1e9:.0f} GB free; HHBENCH_CACHE moves it"),
         ("network", "off (offline switch)" if data.offline() else "allowed", "HHBENCH_OFFLINE=1 forbids it"),
         ("matplotlib", _there("matplotlib"), "plots"),
+        ("peft", _there("peft"), "--lora; comes with the extra `convert`"),
+        ("gguf, onnx", ", ".join(map(_there, ("gguf", "onnx"))), "smollm2 and dinov2, once; the same extra"),
     ]
     _print_table(("what", "found", "note"), rows)
     return 0
