@@ -148,7 +148,7 @@ class Glue(Task):
             "train_examples": 3000,
             "test_examples": 2000,
             "batch_size": 16,
-            "epochs": 0.5 if converts else 3.0,
+            "epochs": 0.5 if config.regime == "finetuned-conversion" else 3.0,  # a new head takes longer
             "lr": 1e-4,
             "teacher_epochs": 1.0,
             "teacher_lr": 1e-4,

@@ -635,3 +635,14 @@ def test_a_folder_that_does_not_say_what_made_it(tmp_path, capsys):
     models.save(model, tmp_path / "model")
     assert main(["fidelity", str(tmp_path / "model")]) == 1
     assert "doesn't say which run made it" in capsys.readouterr().err
+
+
+def test_no_graph_is_built():
+    """Of a model that trains, too: its weights ask for gradients."""
+    _, model = with_teacher("llama", "hedgehog")
+    seen: list[bool] = []
+    slot = next(iter(hosts.slots(model).values()))
+    slot.attention.register_forward_hook(lambda module, args, out: seen.append(out.requires_grad))
+    measure(model, [{"input_ids": torch.randint(2, 20, (1, 6))}])
+    assert seen
+    assert not any(seen)

@@ -367,6 +367,7 @@ class LengthPoint:
     skipped: str | None = None
 
 
+@torch.no_grad()
 def measure(
     student: nn.Module,
     batches: Iterable[Batch],
