@@ -344,7 +344,6 @@ def _wide(x: Tensor) -> Tensor:
 # ---- the whole model -------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 @dataclass(frozen=True)
 class LengthPoint:
     """How a model fares on sequences of a length.
