@@ -63,6 +63,7 @@ EXAMPLES = {
   hhbench check taylor --json > taylor.json""",
     "fidelity": """examples:
   hhbench fidelity converted/smollm2-hedgehog                  KL, entropy, order, overlap and cosine of each layer
+  hhbench fidelity converted/smollm2-hedgehog --before        the same before transfer
   hhbench fidelity converted/smollm2-hedgehog --data text.txt --heads
   hhbench fidelity runs/glue/snli/hedgehog-.../model --plots plots --json > fidelity.json
   hhbench fidelity converted/smollm2-hedgehog --lengths 1,2,4,8 --examples 32""",
@@ -209,6 +210,7 @@ def _parser() -> _Parser:
     sub.add_argument("folder", type=Path, help="a converted model, or a run that kept its model")
     sub.add_argument("--data", metavar="DATA", help="another data set of its task, or your own (default: the run's)")
     sub.add_argument("--max-len", type=int, metavar="N", help="longest sequence in tokens (default: the run's)")
+    sub.add_argument("--before", action="store_true", help="the model right after the swap, before transfer")
     sub.add_argument("--examples", type=int, default=32, metavar="N", help="of the test split (default: 32)")
     sub.add_argument(
         "--lengths", default="1,2,4", metavar="TIMES", help="times the length it was taught at (default: 1,2,4)"
@@ -721,6 +723,7 @@ def _fidelity(args: argparse.Namespace) -> int:
         raise UsageError(f"--examples must be at least 1, not {args.examples}")
     _calm_libraries()
     subject = open_folder(args.folder, attn=args.attn, dataset=args.data, max_len=args.max_len)
+    subject = subject.before_transfer() if args.before else subject
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

@@ -519,6 +519,23 @@ def test_the_command_reports_a_folder(converted, capsys, tmp_path):
         assert (tmp_path / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_before_transfer_the_maps_are_as_they_were_made(converted, tmp_path, capsys):
+    taught = models.load(converted / "model")
+    with torch.no_grad():
+        for parameter in hosts.attention_parameters(taught):
+            parameter.add_(torch.randn_like(parameter))
+        taught.lm_head.weight.mul_(1.1)  # and finetuning changed the rest
+    models.save(taught, tmp_path / "taught", notes={"run": models.manifest(converted / "model")["run"]})
+
+    def layers(folder: Path, *flags: str) -> list[Any]:
+        assert main(["fidelity", str(folder), "--examples", "4", "--lengths", "1", "--json", *flags]) == 0
+        return json.loads(capsys.readouterr().out)["layers"]
+
+    before = layers(tmp_path / "taught", "--before")
+    assert before == layers(converted / "model")
+    assert before != layers(tmp_path / "taught")
+
+
 def test_the_command_s_json_has_everything(converted, capsys):
     assert main(["fidelity", str(converted / "model"), "--json", "--lengths", "1,64,128,9999", "--examples", "8"]) == 0
     found = json.loads(capsys.readouterr().out)

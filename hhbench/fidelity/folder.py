@@ -1,5 +1,6 @@
 """A converted folder under the measures of `hhbench.fidelity`: its data, its teacher, and longer sequences."""
 
+import copy
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hhbench import hosts, models
+from hhbench.attention import ATTENTIONS
 from hhbench.config import RunConfig
 from hhbench.errors import DataError, HHBenchError, UsageError
 from hhbench.fidelity.measures import (
@@ -52,6 +54,23 @@ class Subject:
     student: nn.Module
     teacher: nn.Module | None
     remarks: tuple[str, ...]
+
+    def before_transfer(self) -> "Subject":
+        """The teacher as the swap left it: with the same attentions, as they were made, which were taught nothing.
+
+        Raises:
+            HHBenchError: the teacher can't be had.
+            UsageError: the attention is a user's own, which a folder may not import.
+        """
+        if self.teacher is None:
+            raise HHBenchError(f"the model before transfer is made from its teacher: {'; '.join(self.remarks)}")
+        given = [p for p in hosts.placements(self.student) if not p.cross]
+        layers = {i: (ATTENTIONS.get(p.attention, allow_code=False), p.options) for i, p in enumerate(given)}
+        student = copy.deepcopy(self.teacher)
+        torch.manual_seed(self.config.seed)  # as the run did before it built them
+        hosts.convert(student, "softmax", layers=layers, context=self.taught_length)
+        remarks = ("the model right after the swap, before anything was taught", *self.remarks)
+        return dataclasses.replace(self, student=student, remarks=remarks)
 
     @property
     def title(self) -> str:
