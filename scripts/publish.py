@@ -6,6 +6,7 @@ python scripts/publish.py mini runs           first copy every result below runs
 python scripts/publish.py conversions runs    and here to docs/results/conversions
 """
 
+import json
 import math
 import shutil
 import statistics
@@ -23,6 +24,8 @@ from hhbench.attention import ATTENTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
+FIDELITY = ROOT / "docs" / "results" / "fidelity"  # what `hhbench fidelity --json` printed
+FIDELITY_START = "<!-- table: hhbench fidelity, docs/results/fidelity -->\n"
 SETS = ("mini", "conversions")  # folders of results, each with a page and a plot of its name
 START, END = "<!-- tables: hhbench leaderboard docs/results/{} -->\n", "<!-- end of tables -->"
 
@@ -52,8 +55,21 @@ def pages() -> dict[tuple[Path, str], str]:
     return made
 
 
+def fidelity_table() -> str:
+    """The means over layers and heads of the reports, in both columns."""
+    measures = ("kl", "teacher_entropy", "student_entropy", "spearman", "violations", "overlap", "cosine")
+    lines = ["| | " + " | ".join(name.replace("_", " ") for name in measures) + " |", "|---|" + "---:|" * len(measures)]
+    for column in ("local", "end_to_end"):
+        for moment in ("before", "after"):
+            means = json.loads((FIDELITY / f"smollm2-hedgehog-{moment}.json").read_text())["means"][column]
+            cells = " | ".join(f"{means[name]:.3f}" for name in measures)
+            lines.append(f"| {column.replace('_', '-')}, {moment} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
 def fill_pages() -> None:
-    for (page, start), tables in pages().items():
+    filled = pages() | {(ROOT / "docs" / "conversions.md", FIDELITY_START): fidelity_table()}
+    for (page, start), tables in filled.items():
         before, _, rest = page.read_text().partition(start)
         _, _, after = rest.partition(END)
         page.write_text(f"{before}{start}\n{tables}\n{END}{after}")

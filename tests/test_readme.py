@@ -108,7 +108,7 @@ def test_the_python_example_runs(folder: Path) -> None:
 def test_the_tables_are_those_of_the_results() -> None:
     sys.path.insert(0, str(ROOT / "scripts"))
     try:
-        from publish import END, pages
+        from publish import END, FIDELITY_START, fidelity_table, pages
     finally:
         sys.path.pop(0)
     for (page, start), printed in pages().items():
@@ -117,6 +117,8 @@ def test_the_tables_are_those_of_the_results() -> None:
         assert block.strip("\n") == printed.strip("\n"), (
             f"run scripts/publish.py: {page.name} is not what the results say"
         )
+    page = (ROOT / "docs" / "conversions.md").read_text()
+    assert page.partition(FIDELITY_START)[2].partition(END)[0].strip("\n") == fidelity_table().strip("\n")
 
 
 @pytest.mark.parametrize("name", ["mini", "conversions"])
