@@ -4,10 +4,11 @@
 and resumption. What is decided here is which task the model and the data make, and where the folder goes.
 """
 
+import dataclasses
 import difflib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from hhbench import models, pretrained
+from hhbench.attention import ATTENTIONS
 from hhbench.config import RunConfig
-from hhbench.data import offline
+from hhbench.data import image_files, offline
 from hhbench.errors import UsageError
-from hhbench.runner import prepare
+from hhbench.runner import with_window
 from hhbench.task import TASKS, Kind, Task
 
 
@@ -76,9 +78,7 @@ def config_of(model: str, settings: Mapping[str, Any]) -> RunConfig:
     task, dataset = _data_of(kind, settings.get("task"), settings.get("dataset"), model)
     given = {"regime": "pretrained-conversion", "task": task, "dataset": dataset, "model": model}
     config = RunConfig.from_dict(dict(settings) | given)
-    if config.model_folder is None:
-        return RunConfig.from_dict(config.as_dict() | {"model_folder": str(_default_folder(config))})
-    return config
+    return dataclasses.replace(config, model_folder=config.model_folder or _default_folder(config))
 
 
 def _original(model: str) -> str:
@@ -100,7 +100,7 @@ def _original(model: str) -> str:
         return str(original)  # a name: folders are kept by their whole path
     if not Path(original).is_dir():
         raise UsageError(f"{model} was made from {original}, which is gone: name a model to start from")
-    if set(models.weights_hash(original, original).values()) != set(run.get("weights", {}).values()):
+    if set(models.weights_hash(original).values()) != set(run.get("weights", {}).values()):
         raise UsageError(f"{model} was made from {original}, whose weights have changed since: name that to start anew")
     return str(original)
 
@@ -129,24 +129,19 @@ def _data_of(kind: Kind, task: str | None, dataset: str | None, model: str) -> t
 
 def _check_kind_of_data(kind: Kind, dataset: str, model: str) -> None:
     """Images for a vision transformer, text for the others, where the data are the user's own."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
     path = Path(dataset)
     if not path.exists():
         if path.suffix in (".txt", ".csv", ".jsonl") or os.sep in dataset:
             raise UsageError(f"there is no file or folder {dataset}")
         return
-
-    def are_images() -> Iterator[bool]:
-        return (f.suffix.lower() in IMG_EXTENSIONS for f in path.rglob("*") if f.is_file())  # none below a file
-
-    if kind == "vision" and not any(are_images()):
+    images = image_files(path)
+    if kind == "vision" and not images:
         raise UsageError(f"{dataset} holds no images, and {model} ({kind}) takes a folder of images")
-    if kind != "vision" and any(are_images()) and all(are_images()):
+    if kind != "vision" and images and len(images) == sum(file.is_file() for file in path.rglob("*")):
         raise UsageError(f"{dataset} holds images, and {model} ({kind}) takes text")
 
 
 def _default_folder(config: RunConfig) -> Path:
-    attention = prepare(config).spec.name.replace(".py:", "-")
+    attention = ATTENTIONS.get(with_window(config).attn).name.replace(".py:", "-")
     name = f"{Path(str(config.model)).absolute().name}-{attention}"
     return Path("converted") / re.sub(r"[^\w.=,+-]", "_", name)

@@ -20,6 +20,7 @@ import json
 import logging
 import math
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -33,11 +34,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PureWindowsPath
 from types import MappingProxyType
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, TypeVar
 
 from hhbench.errors import DataError, UsageError, unknown_name
 
 log = logging.getLogger("hhbench")
+
+RowT = TypeVar("RowT")
+HELD_OUT = 0.1  # of a user's training rows, for a split that they don't give
 
 OFFLINE_SWITCHES = ("HHBENCH_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
@@ -566,6 +570,24 @@ def load_rows(
     return {split: found for split, found in rows.items() if found}, tuple(sources)
 
 
+def hold_out(splits: Mapping[str, Sequence[RowT]], source: Path) -> dict[str, Sequence[RowT]]:
+    """All three splits: where one of validation and test is missing, a tenth of the training rows, in an order of one
+    seed, is held out for it.
+
+    Raises:
+        DataError: nothing is left to train on.
+    """
+    train = list(splits["train"])
+    random.Random(0).shuffle(train)
+    found = {**splits}
+    for missing in sorted({"validation", "test"} - splits.keys()):
+        held = max(1, round(HELD_OUT * len(train)))
+        found[missing], train = train[:held], train[held:]
+    if not train:
+        raise DataError(f"{source} has too few rows to hold some out: give validation and test splits")
+    return found | {"train": train}
+
+
 def _split_of(word: str) -> str | None:
     return next((split for split, words in _SPLITS.items() if word.strip().lower() in words), None)
 
@@ -781,6 +803,13 @@ def _first_line(error: BaseException) -> str:
 
 
 # Hashes.
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Every image below a folder, in the order of their paths; none below a file."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS and path.is_file())
 
 
 def hash_bytes(content: bytes) -> str:

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, Cache, PreTrainedModel, TextStreamer
+from transformers import Cache, PreTrainedModel, TextStreamer
 
-from hhbench.errors import DataError, UsageError, in_one_line
+from hhbench import models
+from hhbench.errors import DataError, UsageError
 from hhbench.hosts.cache import StateLayer, held_bytes
-from hhbench.models import load
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,9 @@ class Writer:
     """
 
     def __init__(self, folder: Path, *, attn: str | None = None) -> None:
-        model = load(folder, attn=attn)
+        model = models.load(folder, attn=attn)
         self.model = _checked(model).to("cuda" if torch.cuda.is_available() else "cpu")
-        self.tokenizer = _tokenizer(folder)
+        self.tokenizer = models.tokenizer(str(models.model_folder(folder)))
 
     def kept(self, *, num_beams: int = 1) -> Kept:
         """What the model keeps of the tokens, asked of the model itself by one token."""
@@ -175,17 +175,6 @@ def _checked(model: nn.Module) -> PreTrainedModel:
             "GPT2LMHeadModel ...) does"
         )
     return model
-
-
-def _tokenizer(folder: Path) -> Any:
-    """The tokenizer in a model's folder; a run's lies in its folder `model`."""
-    for place in (folder, folder / "model"):
-        if (place / "tokenizer.json").is_file() or (place / "tokenizer_config.json").is_file():
-            try:
-                return AutoTokenizer.from_pretrained(str(place), local_files_only=True, use_fast=True)
-            except (OSError, ValueError, KeyError, AttributeError) as error:
-                raise DataError(f"the tokenizer in {place} can't be read ({in_one_line(error)})") from error
-    raise DataError(f"{folder} holds no tokenizer: put the tokenizer of the model that was converted there")
 
 
 def _check_range(name: str, value: Any, holds: bool, what: str) -> None:

@@ -87,6 +87,12 @@ class LoraSettings:
         return f"r={self.r},alpha={self.alpha:g},targets={self.targets}{dropout}"
 
 
+def need_peft() -> None:
+    """Raises UsageError if peft is missing."""
+    if not find_spec("peft"):
+        raise UsageError("LoRA needs the package peft: pip install 'hhbench[convert]'")
+
+
 def inject(model: nn.Module, settings: LoraSettings, *, train_maps: bool) -> list[str]:
     """Put adapters beside the projections of every hosted attention layer, kept ones too, and freeze the other weights.
 
@@ -100,8 +106,7 @@ def inject(model: nn.Module, settings: LoraSettings, *, train_maps: bool) -> lis
     Raises:
         UsageError: peft is missing, there is no hosted attention or an adapter already, or a layer lacks a projection.
     """
-    if not find_spec("peft"):
-        raise UsageError("LoRA needs the package peft: pip install 'hhbench[convert]'")
+    need_peft()
     from peft import LoraConfig, inject_adapter_in_model
 
     if _adapters(model):

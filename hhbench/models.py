@@ -29,6 +29,7 @@ from hhbench.data import hash_files, offline
 from hhbench.errors import DataError, HHBenchError, UsageError, in_one_line, unknown_name
 from hhbench.hosts import attach, placements
 from hhbench.hosts.families import Entry, description, hosted_class, own_attentions
+from hhbench.pretrained import source as source_of
 
 MANIFEST = "hhbench.json"  # written last: where it is, all is there
 SCHEMA = 2
@@ -41,12 +42,12 @@ DROPOUTS = (  # what transformers' configs call them
 )  # fmt: skip
 
 
-def transformers_model(auto: Any, source: str, *, pretrained: bool, dropout: float, **settings: Any) -> nn.Module:
-    """A transformers model from a folder or a hub's name: with its weights, or from its config alone.
+def transformers_model(auto: Any, name: str, *, pretrained: bool, dropout: float, **settings: Any) -> nn.Module:
+    """A transformers model: with its weights, or from its config alone.
 
     Args:
         auto: the Auto class.
-        source: a folder or a name of the hub.
+        name: of a packaged model (`hhbench.pretrained`) or of the hub, or a folder.
         dropout: for every dropout that the config knows.
         settings: of the config; the model's vocabulary, labels, layers.
 
@@ -54,6 +55,7 @@ def transformers_model(auto: Any, source: str, *, pretrained: bool, dropout: flo
         DataError: the folder or the model can't be had, or has no safetensors weights.
         UsageError: the folder holds a converted model, or one whose head is for another number of labels.
     """
+    source = source_of(name)
     if Path(source).is_dir():
         check_folder(Path(source), pretrained=pretrained)
     if pretrained and "num_labels" in settings:
@@ -174,23 +176,28 @@ def timm_weights_hash(name: str) -> dict[str, str]:
     return {name: str(getattr(pretrained, "hf_hub_id", None) or getattr(pretrained, "url", None))}
 
 
-def tokenizer(source: str) -> Any:
-    """The fast tokenizer of a folder or of a hub's name.
+def tokenizer(name: str) -> Any:
+    """The fast tokenizer of a packaged model, of a folder or of a hub's name.
 
     Raises:
         DataError: it can't be had, or the folder holds none.
     """
+    source = source_of(name)
     folder = Path(source)
-    if folder.is_dir() and not any(
-        path.name.startswith(("tokenizer", "vocab")) or path.suffix == ".model" for path in folder.iterdir()
-    ):
+    if not folder.is_dir():
+        with clear_errors(source):
+            return AutoTokenizer.from_pretrained(source, local_files_only=offline(), use_fast=True)
+    if not any(path.name.startswith(("tokenizer", "vocab")) or path.suffix == ".model" for path in folder.iterdir()):
         raise DataError(f"{source} holds no tokenizer, without which it can't read text: save the model's own there")
-    with clear_errors(source):
-        return AutoTokenizer.from_pretrained(source, local_files_only=offline(), use_fast=True)
+    try:
+        return AutoTokenizer.from_pretrained(source, local_files_only=True, use_fast=True)
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+        raise DataError(f"the tokenizer in {source} can't be read ({in_one_line(error)})") from error
 
 
-def weights_hash(name: str, source: str) -> dict[str, str]:
-    """The sha256 of the weights in a folder, by the folder's own name; a hub model's commit."""
+def weights_hash(name: str) -> dict[str, str]:
+    """The sha256 of a packaged model's or a folder's weights, by its own name; a hub model's commit."""
+    source = source_of(name)
     folder = Path(source)
     if folder.is_dir():
         return {Path(name).absolute().name: hash_files(sorted(folder.glob("*.safetensors")))}  # its place says nothing
@@ -317,7 +324,7 @@ def load(folder: str | Path, *, attn: str | Mapping[str, str] | None = None) -> 
         HHBenchError: the folder is no hhbench model, is damaged, or its weights don't fit.
         UsageError: it was converted with a user's own attention, and `attn` doesn't say where that is.
     """
-    folder = _model_folder(Path(folder))
+    folder = model_folder(Path(folder))
     found = manifest(folder)
     try:
         sha256, host = found["weights_sha256"], found["host"]
@@ -351,7 +358,7 @@ def manifest(folder: str | Path) -> dict[str, Any]:
     Raises:
         HHBenchError: there is none, or it can't be read.
     """
-    path = _model_folder(Path(folder)) / MANIFEST
+    path = model_folder(Path(folder)) / MANIFEST
     try:
         found: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:
@@ -368,7 +375,7 @@ def manifest(folder: str | Path) -> dict[str, Any]:
 
 def is_converted(folder: str | Path) -> bool:
     """Whether a folder holds a model that hhbench converted."""
-    if (_model_folder(Path(folder)) / MANIFEST).is_file():
+    if (model_folder(Path(folder)) / MANIFEST).is_file():
         return True
     try:
         said = json.loads((Path(folder) / "config.json").read_text())
@@ -377,7 +384,7 @@ def is_converted(folder: str | Path) -> bool:
     return isinstance(said, dict) and str(said.get("model_type")).startswith("hhbench-")
 
 
-def _model_folder(folder: Path) -> Path:
+def model_folder(folder: Path) -> Path:
     """A run and a teacher keep their model in a folder of their own."""
     inside = folder / "model"
     return inside if not (folder / MANIFEST).exists() and (inside / MANIFEST).exists() else folder

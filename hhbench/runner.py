@@ -37,7 +37,7 @@ from hhbench.attention import ATTENTIONS, AttentionSpec, Direction, probe
 from hhbench.config import RECIPES, RunConfig, split_label
 from hhbench.errors import HHBenchError, UsageError, in_one_line, unknown_name
 from hhbench.layer_choice import keep_worst
-from hhbench.lora import LoraSettings, inject, merge
+from hhbench.lora import LoraSettings, inject, merge, need_peft
 from hhbench.pretrained import PRETRAINED
 from hhbench.registry import source_hash
 from hhbench.result import Cost, Fidelity, Identity, LayerChoice, Result, Score, Teacher, Trial, Tuning
@@ -173,7 +173,7 @@ def prepare(config: RunConfig) -> Plan:
     Raises:
         UsageError: a name, an option or a combination that can't be; before anything is fetched or trained.
     """
-    given, config = config, _with_window(config)
+    given, config = config, with_window(config)
     task = TASKS.get(config.task).build()
     spec = ATTENTIONS.get(config.attn)
     if config.dataset is None:
@@ -227,7 +227,7 @@ def prepare(config: RunConfig) -> Plan:
     return plan
 
 
-def _with_window(config: RunConfig) -> RunConfig:
+def with_window(config: RunConfig) -> RunConfig:
     """`--window 64` folded into the attention: hedgehog becomes hedgehog-window[window=64]."""
     if config.window is None:
         return config
@@ -281,8 +281,8 @@ def execute(config: RunConfig) -> tuple[Result, Path]:
     from hhbench.cluster import launched_world, on_all_devices
 
     plan = prepare(config)
-    if plan.lora and not find_spec("peft"):
-        raise UsageError("--lora needs the package peft: pip install 'hhbench[convert]'")
+    if plan.lora:
+        need_peft()
     world = config.devices * config.num_nodes
     if world > 1 and launched_world() == 1:
         config.out.mkdir(parents=True, exist_ok=True)
@@ -325,9 +325,7 @@ class _Run:
         settings = self.config.identity()
         settings["dataset"] = self.task.dataset(str(self.config.dataset)).title  # a path differs between machines
         if (model := settings["model"]) not in PRETRAINED and Path(model).is_dir():
-            settings["model"] = Path(model).absolute().name
-        if settings["model"] not in PRETRAINED and Path(settings["model"]).is_dir():
-            settings["model"] = Path(settings["model"]).name  # its weights are hashed
+            settings["model"] = Path(model).absolute().name  # its weights are hashed
         settings["attn"] = spec.name  # and so does a user's file, which goes by its content
         own_task = source_hash(type(task))  # a user's own file says which data they are, as much as the data do
         return Identity(

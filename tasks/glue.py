@@ -172,7 +172,7 @@ class Glue(Task):
     def load_data(self, config: RunConfig) -> TaskData:
         name = str(config.dataset)
         texts = _load(name, config.data_folder, user=name not in self.datasets)
-        tokenizer = models.tokenizer(pretrained.source(str(config.model)))
+        tokenizer = models.tokenizer(str(config.model))
         max_len = int(config.max_len or 0)
 
         def split(rows: Sequence[tuple[str, str | None, float]], limit: int) -> Split:
@@ -190,14 +190,14 @@ class Glue(Task):
         )
 
     def weights(self, config: RunConfig) -> dict[str, str]:
-        return models.weights_hash(str(config.model), pretrained.source(str(config.model)))
+        return models.weights_hash(str(config.model))
 
     def build_model(self, config: RunConfig, data: TaskData) -> nn.Module:
         from transformers import AutoModelForSequenceClassification
 
         model = models.transformers_model(
             AutoModelForSequenceClassification,
-            pretrained.source(str(config.model)),
+            str(config.model),
             pretrained=config.regime != "scratch",
             dropout=float(config.dropout or 0),
             num_labels=max(1, data.facts["num_classes"]),
@@ -352,16 +352,10 @@ def _user_table(path: str) -> data.Table:
 def _from_table(table: data.Table) -> _Texts:
     """A user's rows; where one of validation and test is missing, it is held out of the training rows."""
     splits = {split: [(r.text, r.text2, float(r.label)) for r in rows] for split, rows in table.splits.items()}
-    train = splits["train"]
-    random.Random(0).shuffle(train)
-    for missing in {"validation", "test"} - splits.keys():
-        held = max(1, round(HELD_OUT * len(train)))
-        splits[missing], train = train[:held], train[held:]
-    if not train:
-        raise DataError(f"{table.files[0]} has too few rows to hold some out: give validation and test splits")
+    parts = data.hold_out(splits, table.files[0])
     classes = 0 if table.label_names is None else max(2, len(table.label_names))
     hashes = {table.files[0].name: data.hash_files(table.files)}
-    return _Texts(train, splits["validation"], {"test": splits["test"]}, classes, hashes)
+    return _Texts(parts["train"], parts["validation"], {"test": parts["test"]}, classes, hashes)
 
 
 def _hash(*rows: Sequence[tuple[str, str | None, float]]) -> str:

@@ -166,7 +166,7 @@ class ImageNet(Task):
 
             return models.transformers_model(
                 AutoModelForImageClassification,
-                pretrained.source(str(config.model)),
+                str(config.model),
                 pretrained=config.regime != "scratch",
                 dropout=float(config.dropout or 0),
                 num_labels=classes,
@@ -182,7 +182,7 @@ class ImageNet(Task):
         if config.model == DIGITS_MODEL or config.regime == "scratch":
             return {}
         if is_of_transformers(str(config.model)):
-            return models.weights_hash(str(config.model), pretrained.source(str(config.model)))
+            return models.weights_hash(str(config.model))
         return models.timm_weights_hash(str(config.model))
 
     def step(self, model: nn.Module, batch: Batch) -> StepOutput:

@@ -144,7 +144,7 @@ class LanguageModelling(Task):
                 raise UsageError(f"{config.model} has no pretrained weights: name a model that has with --model")
             processor, tokenizer = None, _bpe(texts.train)
         else:
-            processor = models.tokenizer(pretrained.source(str(config.model)))
+            processor = models.tokenizer(str(config.model))
             tokenizer = processor.backend_tokenizer
         length = int(config.max_len or 0)
         train = _windows(texts.train, tokenizer, length, whole=True).first(int(config.train_examples or 0))
@@ -166,7 +166,7 @@ class LanguageModelling(Task):
     def weights(self, config: RunConfig) -> dict[str, str]:
         if _is_small(config) or config.regime == "scratch":
             return {}
-        return models.weights_hash(str(config.model), pretrained.source(str(config.model)))
+        return models.weights_hash(str(config.model))
 
     def build_model(self, config: RunConfig, data: TaskData) -> nn.Module:
         from transformers import AutoModelForCausalLM
@@ -183,7 +183,7 @@ class LanguageModelling(Task):
             )
         model = models.transformers_model(
             AutoModelForCausalLM,
-            pretrained.source(str(config.model)),
+            str(config.model),
             pretrained=config.regime != "scratch",
             dropout=dropout,
         )

@@ -45,7 +45,6 @@ SAMSUM_REPO = "knkarthick/samsum"  # a copy of SAMSum (Gliwa et al. 2019): its a
 CUE = "\n\nSummary:"
 ADAPTERS = "r=8,alpha=16,targets=qkvo"  # the paper's; `--lora ""` finetunes all weights
 NO_TARGET = -100
-HELD_OUT = 0.1  # of a user's training rows, for each split that they don't give
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
 Pair = tuple[str, str]  # a document and its summary
@@ -138,7 +137,7 @@ class Summarization(Task):
         texts = _load(str(config.dataset), config.data_folder)
         if not any(re.search("[a-z0-9]", summary.lower()) for _, summary in texts.test):
             raise DataError(f"{config.dataset}: ROUGE compares words of a-z and 0-9, and no test summary has one")
-        tokenizer = models.tokenizer(pretrained.source(str(config.model)))
+        tokenizer = models.tokenizer(str(config.model))
         if tokenizer.eos_token_id is None:
             raise UsageError(
                 f"{config.model}'s tokenizer has no end-of-text token: nothing can say that a summary ends"
@@ -151,24 +150,24 @@ class Summarization(Task):
             tests={"test": self._format.split(texts.test[: limit or None])},
             collate=self._format.collate,
             hashes=texts.hashes,
-            facts={"tokenizer": tokenizer},
+            facts={"vocab": len(tokenizer), "processor": tokenizer},
         )
 
     def weights(self, config: RunConfig) -> dict[str, str]:
-        return models.weights_hash(str(config.model), pretrained.source(str(config.model)))
+        return models.weights_hash(str(config.model))
 
     def build_model(self, config: RunConfig, data: TaskData) -> nn.Module:
         from transformers import AutoModelForCausalLM
 
         model = models.transformers_model(
             AutoModelForCausalLM,
-            pretrained.source(str(config.model)),
+            str(config.model),
             pretrained=True,
             dropout=float(config.dropout or 0),
         )
-        positions = getattr(model.config, "max_position_embeddings", None)
-        if positions is not None and positions < int(config.max_len or 0):
-            raise UsageError(f"{config.model} has {positions} positions: lower --max-len from {config.max_len}")
+        pretrained.check_fit(
+            str(config.model), model.config, vocab=data.facts["vocab"], max_len=int(config.max_len or 0)
+        )
         return model
 
     def step(self, model: nn.Module, batch: Batch) -> StepOutput:
@@ -352,14 +351,7 @@ def _users(path: Path) -> _Texts:
     """CSV or JSON lines with columns `document` (or `dialogue`) and `summary`; missing splits are held out of train."""
     rows, files = data.load_rows(path, ("document", "summary"), aliases={"dialogue": "document"})
     splits = {split: [(c["document"].strip(), c["summary"].strip()) for _, c in found] for split, found in rows.items()}
-    train = splits.pop("train")
-    random.Random(0).shuffle(train)
-    for missing in sorted({"validation", "test"} - splits.keys()):
-        held = max(1, round(HELD_OUT * len(train)))
-        splits[missing], train = train[:held], train[held:]
-    if not train:
-        raise DataError(f"{files[0]} has too few rows to hold some out: give validation and test splits")
-    return _Texts(train, splits["validation"], splits["test"], {files[0].name: data.hash_files(files)})
+    return _Texts(**data.hold_out(splits, files[0]), hashes={files[0].name: data.hash_files(files)})
 
 
 def _filled(pairs: Any) -> list[Pair]:

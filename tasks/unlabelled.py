@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel
 
 from hhbench import models, pretrained
 from hhbench.config import RunConfig
-from hhbench.data import PackageFile, hash_files, offline
+from hhbench.data import PackageFile, hash_files, image_files, offline
 from hhbench.errors import DataError, HHBenchError, UsageError
 from hhbench.task import Batch, Dataset, Example, Split, Task, TaskData, key_mask_of, padded, register_task
 from hhbench.tasks import imagenet, lm
@@ -40,7 +40,7 @@ class Unlabelled(Task):
     suites = {"mini": (), "paper": ()}
 
     def settings(self, config: RunConfig) -> dict[str, Any]:
-        images = _image_files(config)
+        images = image_files(Path(str(config.dataset)))
         return {
             "model": "minilm",
             "max_len": imagenet.ImageNet().settings(config)["max_len"] if images else 128,
@@ -70,13 +70,14 @@ class Unlabelled(Task):
         return (*super().files(config), *pretrained.files(str(config.model)))
 
     def load_data(self, config: RunConfig) -> TaskData:
-        return _images(config) if _image_files(config) else _text(config)
+        images = image_files(Path(str(config.dataset)))
+        return _images(config, images) if images else _text(config)
 
     def weights(self, config: RunConfig) -> dict[str, str]:
         name = str(config.model)
         if not imagenet.is_of_transformers(name):
             return models.timm_weights_hash(name)
-        return models.weights_hash(name, pretrained.source(name))
+        return models.weights_hash(name)
 
     def build_model(self, config: RunConfig, data: TaskData) -> nn.Module:
         name, dropout = str(config.model), float(config.dropout or 0)
@@ -88,7 +89,7 @@ class Unlabelled(Task):
         if "vocab" in data.facts:
             pretrained.check_fit(name, known, vocab=data.facts["vocab"], max_len=int(config.max_len or 0))
         own = getattr(transformers, (known.architectures or [""])[0], AutoModel)
-        return models.transformers_model(own, source, pretrained=True, dropout=dropout)
+        return models.transformers_model(own, name, pretrained=True, dropout=dropout)
 
     def step(self, model: nn.Module, batch: Batch) -> NoReturn:
         raise HHBenchError("there are no labels to train or test on")
@@ -100,7 +101,7 @@ class Unlabelled(Task):
 def _text(config: RunConfig) -> TaskData:
     """Windows of running text that don't overlap, between the tokens that the model puts at both ends."""
     texts = lm.load_texts(str(config.dataset), config.data_folder)
-    tokenizer = models.tokenizer(pretrained.source(str(config.model)))
+    tokenizer = models.tokenizer(str(config.model))
     ends = [[t for t in (token,) if t is not None] for token in (tokenizer.cls_token_id, tokenizer.sep_token_id)]
     length = int(config.max_len or 0) - sum(map(len, ends))
     if length < 1:
@@ -132,14 +133,6 @@ class _Pad:
         return {"inputs": inputs, "num_tokens": sum(map(len, ids))}
 
 
-def _image_files(config: RunConfig) -> list[Path]:
-    """Every image below the folder that the user names, in the order of their paths."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    folder = Path(str(config.dataset))
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
-
-
 class _Files:
     """Image files as (image, label), the label 0 for all."""
 
@@ -155,9 +148,8 @@ class _Files:
             raise DataError(f"{self.paths[index]} can't be read as an image: {error}") from error
 
 
-def _images(config: RunConfig) -> TaskData:
+def _images(config: RunConfig, paths: Sequence[Path]) -> TaskData:
     """A tenth of the images to test on and a tenth to validate on, drawn by one seed."""
-    paths = _image_files(config)
     held = max(1, round(HELD_OUT * len(paths)))
     if len(paths) < 3:
         raise DataError(f"{config.dataset} holds {len(paths)} images: too few to hold some out")

@@ -166,7 +166,7 @@ def test_a_decoder_becomes_a_folder(convert, home):
         "final": made.score.value,
     }  # fmt: skip
     assert run["teacher"]["score"] == made.teacher["score"]
-    assert run["weights"] == {"llama": models.weights_hash("llama", str(home / "llama"))["llama"]}
+    assert run["weights"] == {"llama": models.weights_hash(str(home / "llama"))["llama"]}
     assert run["data"].keys() == {"text.txt"}
     assert run["commit"] == made.environment["commit"]
     assert (run["config"]["model"], run["config"]["dataset"]) == (str(home / "llama"), str(home / "text.txt"))

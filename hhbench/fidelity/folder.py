@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +27,7 @@ from hhbench.fidelity.measures import (
     on_device,
     sample,
 )
+from hhbench.hosts.probe import learned_positions
 from hhbench.task import TASKS, Batch, Split, Task, TaskData
 
 BATCH_TOKENS = 1024
@@ -98,8 +98,7 @@ def open_folder(
         UsageError: the data or the length don't fit the model.
         DataError: the data can't be had.
     """
-    if not (folder / "hhbench.json").exists() and (folder / "model" / "hhbench.json").exists():
-        folder = folder / "model"
+    folder = models.model_folder(folder)
     run = models.manifest(folder).get("run")
     if not isinstance(run, dict) or "config" not in run:
         raise HHBenchError(
@@ -111,7 +110,7 @@ def open_folder(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     student = models.load(folder, attn=attn).to(device)
     config = dataclasses.replace(own, dataset=dataset or own.dataset, max_len=max_len or own.max_len, test_examples=0)
-    if (limit := _position_limit(student)) is not None and int(config.max_len or 0) > limit:
+    if (limit := learned_positions(student)) is not None and int(config.max_len or 0) > limit:
         raise UsageError(f"--max-len {config.max_len}: {folder} has positions for {limit} tokens")
     data, config = _load_data(task, config, folder)
     remarks = []
@@ -144,7 +143,7 @@ def _teacher(folder: Path, run: Mapping[str, Any], task: Task, config: RunConfig
     told = run.get("teacher") or {}
     if told.get("folder"):
         home = Path(told["folder"])
-        if not (home / "hhbench.json").exists():
+        if not models.is_converted(home):
             return None, f"the teacher isn't in {home} any more"
         found = models.manifest(home)
         expected, actual = told.get("weights_sha256"), found.get("weights_sha256")
@@ -240,7 +239,7 @@ def _at_length(
     subject: Subject, length: int, longer_than: int, examples: int
 ) -> tuple[list[Batch], RunConfig, TaskData]:
     """Batches of examples of a length, and the settings and the data from which they are."""
-    limit = _position_limit(subject.student)
+    limit = learned_positions(subject.student)
     if limit is not None and length > limit:
         raise UsageError(f"the model has learned positions for {limit} tokens")
     config = dataclasses.replace(subject.config, max_len=length)
@@ -266,18 +265,6 @@ def _perplexity(
             inputs = on_device(batch["inputs"], model)
             metrics.update(*subject.task.step(model, on_device(batch, model) | {"inputs": inputs}).metric_inputs)
     return float(metrics.compute()["token_perplexity"])
-
-
-def _position_limit(model: nn.Module) -> int | None:
-    """How many tokens a model with learned positions has positions for; None for one without."""
-    tables = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and re.search("position|wpe", name.rpartition(".")[2])
-    ]
-    # RoBERTa counts positions from behind its padding token.
-    limits = [t.num_embeddings - (0 if t.padding_idx is None else t.padding_idx + 1) for t in tables]
-    return min(limits, default=None)
 
 
 # ---- all of it -------------------------------------------------------------------------------------------------

@@ -503,8 +503,8 @@ def _first(out: Any) -> Tensor:
 
 
 def _places(model: nn.Module) -> list[tuple[Placement, AttentionSlot | MixerSlot]]:
-    """Everything of hhbench's in a model, in order of depth."""
-    return [(m.placement, m) for m in model.modules() if isinstance(m, AttentionSlot | MixerSlot)]
+    """Everything of hhbench's in a model but cross-attention, in order of depth."""
+    return [(m.placement, m) for m in hosts.hosted(model).values() if isinstance(m, AttentionSlot | MixerSlot)]
 
 
 def _heads(place: AttentionSlot | MixerSlot) -> int:

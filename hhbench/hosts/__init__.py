@@ -28,6 +28,7 @@ from hhbench.hosts.slots import (
     attach,
     attention_parameters,
     attentions,
+    hosted,
     placements,
     slots,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "become_hosted",
     "convert",
     "host_layers",
+    "hosted",
     "hosted_class",
     "placements",
     "plan_conversion",

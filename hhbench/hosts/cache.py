@@ -13,12 +13,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from hhbench.attention import Attention, SequenceMixer
 from hhbench.errors import HHBenchError, UsageError
+from hhbench.hosts.probe import learned_positions
 from hhbench.hosts.slots import SLOT, AttentionSlot, MixerSlot
 from hhbench.state import DecodingState
 
@@ -196,7 +197,7 @@ class ConstantState:
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         """transformers makes its default cache, under the name that its version has for it; ours takes its place."""
-        limit = _learned_positions(self)
+        limit = learned_positions(self)
         if limit is not None and generation_config.max_length - 1 > limit:  # the last new token is never read
             raise UsageError(
                 f"{type(self).__name__} learned {limit} positions, and prompt and new tokens are "
@@ -238,15 +239,3 @@ def held_bytes(layer: CacheLayerMixin) -> int:
         return layer.nbytes
     tensors = [tensor for tensor in (layer.keys, layer.values) if tensor is not None]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _learned_positions(model: Any) -> int | None:
-    """How many positions a decoder has learned; None where it has none to learn (rotary embeddings)."""
-    limit = int(getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 0)
-    learned = any(
-        isinstance(module, nn.Embedding)
-        and (name.endswith("wpe") or "position" in name.rpartition(".")[2])
-        and limit <= module.num_embeddings <= limit + 2  # some leave the first rows to padding
-        for name, module in model.named_modules()
-    )
-    return limit if limit and learned else None

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from hhbench.attention import ATTENTIONS, Attention, AttentionSpec, SequenceMixer
 from hhbench.errors import UsageError
+from hhbench.hosts.families import become_hosted
 from hhbench.hosts.interface import INTERFACE
 from hhbench.hosts.probe import UNBOUNDED, ranges, transformers_layers
 from hhbench.hosts.slots import (
@@ -105,8 +106,6 @@ class ConversionPlan:
         for one in self.cross:
             attach(self.model, one.placement)
         if isinstance(self.model, PreTrainedModel):
-            from hhbench.hosts.families import become_hosted  # which attaches, too
-
             self.model.set_attn_implementation(INTERFACE)
             if any(isinstance(module, SequenceMixer) for _, module in built):
                 _without_cache(self.model)

@@ -29,7 +29,7 @@ from hhbench.attention import ATTENTIONS, Attention, AttentionSpec, LinearAttent
 from hhbench.errors import HHBenchError, UsageError
 from hhbench.hosts.cache import ConstantState
 from hhbench.hosts.interface import INTERFACE
-from hhbench.hosts.slots import SLOT, AttentionSlot, CrossAttentionSlot, MixerSlot, Placement, attach
+from hhbench.hosts.slots import SLOT, MixerSlot, Placement, attach, content_of, hosted
 from hhbench.registry import is_code_reference, source_hash
 
 FAMILIES = (
@@ -71,9 +71,9 @@ class Hosted(PreTrainedModel):  # type: ignore[misc]  # transformers is untyped
                 f"{model.name_or_path} lacks {len(missing)} weights of its attentions, {missing[0]} the first"
             )
         # Buffers that aren't saved were made anew by the library, which knows the values of its own alone.
-        slots = _slots(model)
+        slots = hosted(model)
         for entry, name in _layers(model):
-            content = _content(slots[name])
+            content = content_of(slots[name])
             lost = [] if content is None else dict(content.named_buffers()).keys() - content.state_dict().keys()
             if content is not None and lost and (fresh := entry.build()) is not None:
                 for key in lost:
@@ -255,8 +255,8 @@ def description(model: nn.Module) -> dict[str, Any]:
     prefix = _prefix(model)
     common = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     layers = []
-    for name, slot in _slots(model).items():
-        in_head, content = not name.startswith(prefix), _content(slot)
+    for name, slot in hosted(model).items():
+        in_head, content = not name.startswith(prefix), content_of(slot)
         placement = dataclasses.replace(slot.placement, layer=name if in_head else name.removeprefix(prefix))
         dtypes = {
             key: str(tensor.dtype).removeprefix("torch.")
@@ -288,23 +288,9 @@ def _prefix(model: nn.Module) -> str:
     return "" if whole else f"{model.base_model_prefix}."
 
 
-Slot = AttentionSlot | MixerSlot | CrossAttentionSlot
-
-
-def _slots(model: nn.Module) -> dict[str, Slot]:
-    found = {name: module for name, module in model.named_modules() if isinstance(module, Slot)}
-    return {name.removesuffix(f".{SLOT}"): slot for name, slot in found.items()}
-
-
 def _prefixes_of_ours(model: nn.Module) -> tuple[str, ...]:
     """How the names of the weights begin that aren't the library's."""
-    return tuple(f"{n}." if isinstance(slot, MixerSlot) else f"{n}.{SLOT}." for n, slot in _slots(model).items())
-
-
-def _content(slot: Slot) -> Attention | SequenceMixer | None:
-    if isinstance(slot, CrossAttentionSlot):
-        return None
-    return slot.attention if isinstance(slot, AttentionSlot) else slot.mixer
+    return tuple(f"{n}." if isinstance(slot, MixerSlot) else f"{n}.{SLOT}." for n, slot in hosted(model).items())
 
 
 def _own(content: Attention | SequenceMixer | None) -> dict[str, str | None] | None:

@@ -1,5 +1,6 @@
 """Which layers of a transformers model can be replaced: a dry run on a few tokens shows who calls the interface."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -207,6 +208,23 @@ def _max_len(model: PreTrainedModel, causal: bool, num_keys: int) -> int:
     config = model.config.get_text_config()
     given = getattr(config, "max_position_embeddings", None) or getattr(config, "max_target_positions", None)
     return int(given or UNBOUNDED)
+
+
+def learned_positions(model: Any) -> int | None:
+    """How many tokens a model that learned its positions has positions for; None for one that learned none (rotary
+    embeddings).
+    """
+    tables = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and re.search("position|wpe", name.rpartition(".")[2])
+    ]
+    # RoBERTa counts positions from behind its padding token; OPT has two rows that its config doesn't count.
+    limits = [table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1) for table in tables]
+    if limits and isinstance(model, PreTrainedModel):
+        said = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        limits += [int(said)] if said else []
+    return min(limits, default=None)
 
 
 def _few_tokens(model: PreTrainedModel) -> dict[str, Tensor]:

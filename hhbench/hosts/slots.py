@@ -196,21 +196,35 @@ def attach(model: nn.Module, placement: Placement, built: Attention | SequenceMi
         layer.__class__ = SlottedTimmAttention
 
 
+Slot = AttentionSlot | MixerSlot | CrossAttentionSlot
+
+
+def hosted(model: nn.Module) -> dict[str, Slot]:
+    """Everything of hhbench's in a model, by the name of the layer where it is, in order of depth."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, Slot)}
+    return {name.removesuffix(f".{SLOT}"): slot for name, slot in found.items()}
+
+
 def slots(model: nn.Module) -> dict[str, AttentionSlot]:
     """The slots of a host by layer name, in order of depth."""
-    suffix = f".{SLOT}"
-    return {n.removesuffix(suffix): m for n, m in model.named_modules() if isinstance(m, AttentionSlot)}
+    return {name: slot for name, slot in hosted(model).items() if isinstance(slot, AttentionSlot)}
 
 
 def placements(model: nn.Module) -> list[Placement]:
     """What each layer of a host was given, in order of depth; cross-attentions, which were left as they are, too."""
-    return [m.placement for m in model.modules() if isinstance(m, AttentionSlot | MixerSlot | CrossAttentionSlot)]
+    return [slot.placement for slot in hosted(model).values()]
+
+
+def content_of(slot: Slot) -> Attention | SequenceMixer | None:
+    """What was put there; None for cross-attention, which is the library's."""
+    if isinstance(slot, CrossAttentionSlot):
+        return None
+    return slot.attention if isinstance(slot, AttentionSlot) else slot.mixer
 
 
 def attentions(model: nn.Module) -> list[Attention | SequenceMixer]:
     """What was put into the host's layers, in order of depth."""
-    hosted = (m for m in model.modules() if isinstance(m, AttentionSlot | MixerSlot))
-    return [slot.attention if isinstance(slot, AttentionSlot) else slot.mixer for slot in hosted]
+    return [put for put in map(content_of, hosted(model).values()) if put is not None]
 
 
 def attention_parameters(model: nn.Module) -> list[nn.Parameter]:

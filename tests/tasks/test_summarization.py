@@ -135,7 +135,7 @@ def test_metrics_average_examples_not_batches(tiny, own):
 
 def test_prompts_end_on_the_cue_however_long_the_document(tiny, own):
     _, found = loaded(tiny, own, max_len=48)
-    tokenizer = found.facts["tokenizer"]
+    tokenizer = found.facts["processor"]
     lengths = set()
     texts = dict(zip((s for _, s in PAIRS), (d for d, _ in PAIRS), strict=True))
     for example in found.train.examples:
@@ -150,7 +150,7 @@ def test_prompts_end_on_the_cue_however_long_the_document(tiny, own):
 def test_a_summary_ends_unless_it_is_cut(tiny, own):
     for max_len, whole in [(128, True), (24, False)]:
         _, found = loaded(tiny, own, max_len=max_len)
-        tokenizer = found.facts["tokenizer"]
+        tokenizer = found.facts["processor"]
         for example in found.train.examples:
             full = [*tokenizer(f" {example['summary']}")["input_ids"], 0]
             assert example["target"] == full[: max_len // 4]
@@ -226,7 +226,7 @@ def test_what_is_written_is_the_likeliest_token_each_time(tiny, own, make, attn)
                 ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
             if ids[-1] == 0:
                 break
-        expected.append(found.facts["tokenizer"].decode(ids[len(example["prompt"]) :], skip_special_tokens=True))
+        expected.append(found.facts["processor"].decode(ids[len(example["prompt"]) :], skip_special_tokens=True))
     assert task._format.write(model, batch["prompt"], batch["prompt_mask"]) == expected
     assert any(expected)
     with torch.inference_mode():
@@ -295,7 +295,7 @@ def test_settings_that_cannot_be_used(tiny, own, tmp_path):
     with pytest.raises(UsageError, match="leaves no room"):
         loaded(tiny, own, max_len=7)
     task, found = loaded(tiny, own, max_len=200)
-    with pytest.raises(UsageError, match="has 128 positions: lower --max-len from 200"):
+    with pytest.raises(UsageError, match="has 128 positions: --max-len 200 is too long"):
         task.build_model(config(tiny, own, max_len=200), found)
     endless = tokenizer_of()
     endless.eos_token = None
