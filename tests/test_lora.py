@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import timm
+import tiny
 import torch
 import transformers as tf
+from tiny import GROUPED, TIMM, VOCAB
 from torch import Tensor, nn
 
 from hhbench import hosts, models
@@ -19,17 +21,8 @@ from hhbench.lora import LoraSettings, inject, merge
 from hhbench.task import TASKS
 from hhbench.train import Schedule, TrainStage, fit, loader, parameter_groups
 
-VOCAB = 30
-TEXT = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-}
-DECODER = TEXT | {"num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None}
+TEXT = tiny.TEXT | {"pad_token_id": 0}
+DECODER = TEXT | GROUPED
 DISTILBERT = {"vocab_size": VOCAB, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "pad_token_id": 0}
 GPT2 = {
     "vocab_size": VOCAB, "n_positions": 64, "n_layer": 2, "n_embd": 32, "n_head": 4, "bos_token_id": None,
@@ -39,7 +32,6 @@ IMAGE = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "mlp_ratio": 2, "image_size": 32,
     "patch_size": 8,
 }  # fmt: skip
-TIMM = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 4, "num_classes": 5}
 SETTINGS = LoraSettings.parse("r=4,targets=qkvo")
 SCHEDULE = Schedule(lr=1e-2, epochs=1.0, weight_decay=0.1, beta2=0.999, warmup=0.1, clip=0.0)
 

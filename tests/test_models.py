@@ -12,23 +12,14 @@ import pytest
 import timm
 import torch
 import transformers as tf
+from tiny import GROUPED, TEXT, TIMM, VOCAB
 from torch import Tensor, nn
 
 from hhbench import hosts, models
 from hhbench.attention import ATTENTIONS
 from hhbench.errors import DataError, HHBenchError, UsageError
 
-VOCAB = 30
-TEXT = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "max_position_embeddings": 64,
-}
-DECODER = TEXT | {"num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None}
-TIMM = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 4, "num_classes": 5}
+DECODER = TEXT | GROUPED
 
 
 def llama() -> nn.Module:

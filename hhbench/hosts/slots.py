@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from timm.layers import Attention as TimmAttention
 from torch import Tensor, nn
@@ -12,9 +12,6 @@ from transformers import Cache
 
 from hhbench.attention import Attention, MixerShape, SequenceMixer, masked_softmax, repeat_heads
 from hhbench.errors import UsageError
-
-if TYPE_CHECKING:
-    from hhbench.hosts.cache import StateLayer
 
 SLOT = "hhbench_slot"
 WINDOWED = "softmax-window"  # what a layer keeps whose window is shorter than the context
@@ -51,6 +48,13 @@ class Placement:
         return self.attention == "softmax" or self.keeps_window
 
 
+class Continuation(Protocol):
+    """A cache's share of a layer: what the layer's attention goes on from."""
+
+    def run(self, module: Attention | SequenceMixer, *inputs: Tensor, key_mask: Tensor | None) -> Tensor:
+        """The module's output for new tokens after all earlier ones."""
+
+
 Interceptor = Callable[["AttentionSlot", Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -68,9 +72,9 @@ class AttentionSlot(nn.Module):
         super().__init__()
         self.attention, self.placement = attention, placement
         self.interceptor: Interceptor | None = None
-        self._continued: tuple[StateLayer, Tensor] | None = None
+        self._continued: tuple[Continuation, Tensor] | None = None
 
-    def continue_from(self, layer: "StateLayer", keys: Tensor) -> None:
+    def continue_from(self, layer: Continuation, keys: Tensor) -> None:
         """The call with these keys, which comes next, goes on from a cache's state."""
         self._continued = layer, keys
 

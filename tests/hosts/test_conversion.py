@@ -6,33 +6,19 @@ from typing import Any
 
 import pytest
 import timm
+import tiny
 import torch
 import transformers as tf
+from tiny import GROUPED, IMAGE, VOCAB
 from torch import Tensor, nn
 
 from hhbench import hosts
 from hhbench.attention import ATTENTIONS, FeatureMap, _spec
 from hhbench.errors import UsageError
 
-VOCAB, PAD = 30, 1
-TEXT = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "max_position_embeddings": 4096,
-    "pad_token_id": PAD,
-}
-DECODER = TEXT | {"num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None}
-IMAGE = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "image_size": 16,
-    "patch_size": 4,
-}
+PAD = 1
+TEXT = tiny.TEXT | {"num_hidden_layers": 4, "max_position_embeddings": 4096, "pad_token_id": PAD}
+DECODER = TEXT | GROUPED
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
 MLA = {
     "num_key_value_heads": 4,

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import timm
+import tiny
 import torch
 import transformers as tf
 from timm.layers import Attention as TimmAttention
+from tiny import GROUPED, IMAGE, TIMM, VOCAB
 from torch import Tensor, nn
 
 from hhbench import hosts
@@ -17,26 +19,9 @@ from hhbench.attention import ATTENTIONS, MixerShape, OptimizerSettings, Sequenc
 from hhbench.errors import HHBenchError, UsageError
 from hhbench.hosts import interface, probe
 
-VOCAB, PAD = 30, 1
-TEXT = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "max_position_embeddings": 64,
-    "pad_token_id": PAD,
-}
-DECODER = TEXT | {"num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None}
-IMAGE = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "image_size": 16,
-    "patch_size": 4,
-}
-TIMM = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 4, "num_classes": 5}
+PAD = 1
+TEXT = tiny.TEXT | {"pad_token_id": PAD}
+DECODER = TEXT | GROUPED
 
 
 def distilbert(**settings: Any) -> nn.Module:

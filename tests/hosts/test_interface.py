@@ -5,8 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import transformers as tf
+from tiny import GROUPED, VOCAB
 from torch import Tensor, nn
 from transformers.masking_utils import (
     and_masks,
@@ -21,17 +23,9 @@ from hhbench import hosts
 from hhbench.errors import HHBenchError, UsageError
 from hhbench.hosts.interface import patterns
 
-VOCAB, PAD, N = 30, 1, 20
-TEXT = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "max_position_embeddings": 64,
-    "pad_token_id": PAD,
-}
-DECODER = TEXT | {"num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None}
+PAD, N = 1, 20
+TEXT = tiny.TEXT | {"num_hidden_layers": 3, "pad_token_id": PAD}
+DECODER = TEXT | GROUPED
 SEQ2SEQ = {
     "vocab_size": VOCAB,
     "d_model": 32,
