@@ -124,6 +124,11 @@ class FeatureMap(nn.Module):
         del positions, key_mask
         return self(k), None
 
+    def flops(self, num_tokens: int) -> int:
+        """FLOPs of mapping [1, H, N, D]: see `Attention.flops`. 0 where it works on each element for itself."""
+        del num_tokens
+        return 0
+
 
 @dataclass(frozen=True)
 class OptimizerSettings:
@@ -213,6 +218,20 @@ class Attention(nn.Module, ABC):
         del num_tokens, batch_size
         return None
 
+    def flops(self, num_queries: int, num_keys: int, *, batch_size: int = 1) -> int | None:
+        """FLOPs of one forward pass: those of the cheapest way to compute the definition, whatever form runs.
+
+        Counted are multiplications and additions of sums over tokens, features and channels, over pairs of tokens
+        that may meet only; not what is done to each element for itself. None: not stated.
+
+        Args:
+            num_queries: new tokens, the last of the keys.
+            num_keys: all tokens. With `has_state` the earlier ones cost nothing.
+            batch_size: sequences.
+        """
+        del num_queries, num_keys, batch_size
+        return None
+
 
 class SequenceMixer(nn.Module, ABC):
     """A whole block from hidden states to hidden states: what has no q, k and v of its own kind (H3, Hyena).
@@ -244,6 +263,11 @@ class SequenceMixer(nn.Module, ABC):
     def state_bytes(self, num_tokens: int, *, batch_size: int = 1) -> int | None:
         """See `Attention.state_bytes`."""
         del num_tokens, batch_size
+        return None
+
+    def flops(self, num_queries: int, num_keys: int, *, batch_size: int = 1) -> int | None:
+        """See `Attention.flops`; projections and gates included."""
+        del num_queries, num_keys, batch_size
         return None
 
 
@@ -446,6 +470,16 @@ class LinearAttention(Attention):
         heads = self.shape.num_kv_heads if self.share_kv_heads else self.shape.num_heads
         F, E = self.key_map.feature_dim, self.shape.head_dim
         return batch_size * (heads * (F * E + F + 1) * 4 + 8)
+
+    def flops(self, num_queries: int, num_keys: int, *, batch_size: int = 1) -> int:
+        """The maps, and then the pairs of tokens one by one or the sums F (E + 1), whichever is less."""
+        H, E, causal = self.shape.num_heads, self.shape.head_dim, self.shape.causal
+        F, state_heads = self.key_map.feature_dim, self.shape.num_kv_heads if self.share_kv_heads else H
+        new = num_queries if causal else num_keys  # of the keys
+        pairs = num_queries * (num_queries + 1) // 2 if causal and num_queries == num_keys else num_queries * num_keys
+        by_pairs = 2 * H * pairs * (F + E + 1)
+        by_sums = 2 * F * (E + 1) * (state_heads * new + H * num_queries)
+        return batch_size * (self.query_map.flops(num_queries) + self.key_map.flops(new) + min(by_pairs, by_sums))
 
     def _bidirectional(self, queries: Tensor, keys: Keys, form: str) -> Tensor:
         N, M = queries.shape[-2], keys.features.shape[-2]

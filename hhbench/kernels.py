@@ -1,0 +1,32 @@
+"""Which implementation of an attention ran: each says so where it starts, and whoever measures listens.
+
+A name that was asked for proves nothing: `auto` may have taken another form, and an optional package may be absent.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_listeners: list[dict[str, int]] = []
+
+
+def ran(kernel: str) -> None:
+    """Say that this implementation runs. Costs next to nothing while nobody listens."""
+    for listener in _listeners:
+        listener[kernel] = listener.get(kernel, 0) + 1
+
+
+@contextmanager
+def kernels() -> Iterator[dict[str, int]]:
+    """Within the context, what ran and how often.
+
+    >>> with kernels() as seen:
+    ...     ran("chunked")
+    >>> seen
+    {'chunked': 1}
+    """
+    seen: dict[str, int] = {}
+    _listeners.append(seen)
+    try:
+        yield seen
+    finally:
+        _listeners.remove(seen)
