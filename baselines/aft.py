@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,9 @@ from hhbench.attention import (
     zero_padding,
 )
 from hhbench.errors import UsageError
+from hhbench.kernels import ran
 from hhbench.state import DecodingState
+from hhbench.window import num_pairs
 
 RANK = 128  # of AFT-full's biases, the paper's
 BLOCK = 64  # of queries that share a span of keys in the bidirectional AFT-conv
@@ -186,6 +188,18 @@ class AFT(Attention):
         kept = 3 + 2 * (self.window - 1) if self.has_state else 2 * num_tokens
         return batch_size * self.shape.num_kv_heads * self.shape.head_dim * kept * 4
 
+    def flops(self, num_queries: int, num_keys: int, *, batch_size: int = 1) -> int:
+        """Of each channel, the two sums over tokens (simple), over the window's pairs too (conv) or over all pairs
+        (full, with the products of positions, which all sequences share).
+        """
+        H, D, causal = self.shape.num_heads, self.shape.head_dim, self.shape.causal
+        if self.variant == "full":
+            pairs = num_pairs(num_queries, num_keys, causal=causal)
+            return pairs * (2 * RANK + batch_size * 4 * H * D)
+        tokens = num_queries if causal else num_keys
+        pairs = num_pairs(num_queries, num_keys, causal=causal, window=self.window) if self.variant == "conv" else 0
+        return batch_size * H * D * (3 * tokens + 4 * pairs)
+
     # --- inputs and biases ---
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:
@@ -275,6 +289,7 @@ class AFT(Attention):
 
         Every query's sums are divided by exp of the largest key that it sees, `top`.
         """
+        ran("halves")
         H, extra, size = k.shape[1], k.shape[2] - num_queries, _power_of_two(num_queries)
         top = k.detach().cummax(2).values[:, :, extra:]
         if state is not None:
@@ -292,11 +307,10 @@ class AFT(Attention):
             sums = sums + _given(keys, values, top[:, :, None], gains.near(0), gains.outside).squeeze(2)
         half = 1
         while half < size:
-            tops, keys, values, totals = (
-                x.view(*x.shape[:2], -1, 2 * half, *x.shape[3:]) for x in (top, own_k, own_v, sums)
-            )
-            keys, values, right = keys[:, :, :, :half], values[:, :, :, :half], totals[:, :, :, half:]
-            right += _given(keys, values, tops[:, :, :, half:], gains.near(half), gains.outside)
+            tops, keys, values = (x.view(*x.shape[:2], -1, 2 * half, x.shape[3]) for x in (top, own_k, own_v))
+            keys, values = keys[:, :, :, :half], values[:, :, :, :half]
+            given = _given(keys, values, tops[:, :, :, half:], gains.near(half), gains.outside)
+            sums = _AddToRight.apply(sums, given)
             half *= 2
         return _divide(sums[:, :, :num_queries])
 
@@ -346,6 +360,29 @@ class AFT(Attention):
         kept = state.sums * (state.log_max - finite).exp().unsqueeze(-2)
         sums = kept + _terms(gone, values[:, :, :leaving], finite[:, :, None]).sum(2)
         return AFTState(log_max, sums, keys[:, :, leaving:], values[:, :, leaving:])
+
+
+class _AddToRight(torch.autograd.Function):
+    """sums [B, H, N, 2, D] plus what the right half of each pair of blocks is given, [B, H, n, half, 2, D], in place.
+
+    Torch's own gradient of an addition into a view copies all of the sums.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, sums: Tensor, given: Tensor) -> Tensor:
+        ctx.half = given.shape[3]
+        _AddToRight._right(sums, ctx.half).add_(given)
+        ctx.mark_dirty(sums)
+        return sums
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, _AddToRight._right(grad.contiguous(), ctx.half)
+
+    @staticmethod
+    def _right(sums: Tensor, half: int) -> Tensor:
+        return sums.view(*sums.shape[:2], -1, 2 * half, *sums.shape[3:])[:, :, :, half:]
 
 
 def _power_of_two(n: int) -> int:

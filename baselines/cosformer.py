@@ -20,7 +20,8 @@ class CosFormer(FeatureMap):
     equal at full length. A host that takes sequences of any length has an M so large that the cosine is 1 throughout.
 
     Positions count from 0: the original's count from 1 and reach M, where rounding makes float32's cosine negative. One
-    at M or beyond is refused, as weights would turn negative. No parameters, and no scale on q or k.
+    at M or beyond is refused, as weights would turn negative; where reading positions would make the host wait for a
+    GPU, such a key is NaN instead, and so is every output that sees it. No parameters, and no scale on q or k.
     """
 
     def __init__(self, shape: MixerShape) -> None:
@@ -33,8 +34,11 @@ class CosFormer(FeatureMap):
     def map_keys(self, k: Tensor, *, positions: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if key_mask is not None:
             positions = positions.masked_fill(~key_mask, 0)
-        self._check(positions)
-        return self._placed(k, positions), None
+        features = self._placed(k, positions)
+        if positions.is_cpu:
+            self._check(positions)
+            return features, None
+        return features.masked_fill((positions >= self.shape.max_len)[:, None, :, None], torch.nan), None
 
     def _check(self, positions: Tensor) -> None:
         last, longest = int(positions.max()), self.shape.max_len

@@ -17,7 +17,7 @@ from hhbench.attention import (
     register_attention,
     sum_dtype,
 )
-from hhbench.convolution import Packing, convolve, convolve_directly
+from hhbench.convolution import Convolution, Packing, convolution_flops
 from hhbench.errors import UsageError
 from hhbench.state import DecodingState
 
@@ -38,11 +38,16 @@ class ShiftSSM(nn.Module):
         self.B = nn.Parameter(torch.eye(1, d_state).repeat(dim, 1))
         self.C = nn.Parameter(torch.empty(dim, d_state).uniform_(-(d_state**-0.5), d_state**-0.5))
 
-    def kernel(self, dtype: torch.dtype) -> Tensor:
-        """K, [C, d_state]."""
+    @property
+    def longest(self) -> int:
+        """d_state: the kernel is zero beyond."""
+        return self.C.shape[1]
+
+    def kernel(self, length: int, dtype: torch.dtype) -> Tensor:
+        """K, [C, length], or [C, d_state] if that is shorter."""
         dim, d_state = self.C.shape
         later = pad(self.C.to(dtype), (0, d_state - 1))
-        return conv1d(later[None], self.B.to(dtype)[:, None], groups=dim)[0]
+        return conv1d(later[None], self.B.to(dtype)[:, None], groups=dim)[0, :, :length]
 
 
 class DiagonalSSM(nn.Module):
@@ -53,6 +58,7 @@ class DiagonalSSM(nn.Module):
     """
 
     optimizer_settings = dict.fromkeys(("log_dt", "log_A_real", "A_imag", "B"), SLOW)
+    longest = None
 
     def __init__(self, dim: int, d_state: int) -> None:
         super().__init__()
@@ -169,6 +175,7 @@ class H3(SequenceMixer):
         self.D_shift = nn.Parameter(torch.randn(C))
         self.D = nn.Parameter(torch.randn(C))
         self.out_proj = nn.Linear(C, C)
+        self._shifted, self._spread = Convolution(), Convolution()
 
     def forward(  # type: ignore[override]  # a state goes in and comes out on request
         self,
@@ -181,19 +188,31 @@ class H3(SequenceMixer):
         """[B, N, C] -> [B, N, C], and the state after the last token if asked for; see `Attention.has_state`."""
         if state is not None or return_state:
             refuse_state_unless_causal(self.shape, "h3")
-        out, advance = self._mix(x, key_mask, convolve, state)
+        out, advance = self._mix(x, key_mask, state)
         return (out, advance()) if return_state else out
 
     def quadratic(self, x: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
-        return self._mix(x, key_mask, convolve_directly)[0]
+        return self._mix(x, key_mask, directly=True)[0]
 
     def state_bytes(self, num_tokens: int, *, batch_size: int = 1) -> int | None:
         """Constant in the number of tokens: 2 d_state float32 for each channel."""
         del num_tokens
         return batch_size * self.shape.dim * 2 * self.d_state * 4 if self.shape.causal else None
 
+    def flops(self, num_queries: int, num_keys: int, *, batch_size: int = 1) -> int:
+        """Projections, and both models as convolutions or, where that is less, token by token. What makes the kernels
+        is not counted: it is remembered at evaluation.
+        """
+        C, d, causal, new = self.shape.dim, self.d_state, self.shape.causal, num_queries
+        projections = 2 * 4 * C * C * batch_size * new
+        by_token = 9 * d * C * batch_size * new  # the shift's sum, and a complex product and sum for each pair
+        if causal and num_queries < num_keys:
+            return projections + by_token
+        spread = [convolution_flops(num_keys, n, causal=causal, batch_size=batch_size) for n in (d, None)]
+        return projections + (min(C * sum(spread), by_token) if causal else C * sum(spread))
+
     def _mix(
-        self, x: Tensor, key_mask: Tensor | None, convolve: Callable[..., Tensor], state: H3State | None = None
+        self, x: Tensor, key_mask: Tensor | None, state: H3State | None = None, *, directly: bool = False
     ) -> tuple[Tensor, Callable[[], H3State]]:
         """The output, and what computes the state after it."""
         check_hidden_states(self.shape, x, key_mask)
@@ -204,11 +223,10 @@ class H3(SequenceMixer):
         with torch.autocast(x.device.type, enabled=False):
             q, k, v = projected.to(dtype).mT.chunk(3, dim=1)
             keys = k if state is None else torch.cat([state.keys, k], dim=-1)
-            future = None if self.future_shift is None else self.future_shift.kernel(dtype)
-            shifted = convolve(keys, self.shift.kernel(dtype), future)[..., -N:]
+            shifted = self._shifted(keys, self.shift, self.future_shift, directly=directly)[..., -N:]
             kv = (shifted + self.D_shift.to(dtype)[:, None] * k) * v
-            future = None if self.future_diagonal is None else self.future_diagonal.kernel(N, dtype)
-            y = convolve(kv, self.diagonal.kernel(N, dtype), future) + self.D.to(dtype)[:, None] * kv
+            y = self._spread(kv, self.diagonal, self.future_diagonal, directly=directly)
+            y = y + self.D.to(dtype)[:, None] * kv
             if state is not None:
                 y = y + self.diagonal.after(state.diagonal, N)
             y = (q * y).mT

@@ -1,12 +1,59 @@
 """Hedgehog: a learned map that mimics softmax."""
 
-from typing import Literal
+import math
+import os
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from hhbench.attention import FeatureMap, MixerShape, identity_weight, register_attention
 from hhbench.errors import UsageError
+from hhbench.kernels import ran
+from hhbench.linear_attention import FLOOR
+
+MANY = 2**14  # elements from which it pays to look at them first
+SAFE = 80.0  # no exponential of less, and no sum of them, overflows
+
+
+def _two_softmaxes(y: Tensor, out: Tensor) -> bool:
+    """Write softmax(y) and softmax(-y) of y [..., F], at or above FLOOR, into out [..., 2, F]; whether any was below.
+
+    On a CPU half the exponentials do: exp(-y) is 1 / exp(y), where neither overflows. A few tokens take one softmax.
+    """
+    halves = y.device.type == "cpu" and y.numel() >= MANY
+    largest = max(map(abs, map(float, torch.aminmax(y)))) if halves else math.inf
+    if largest < SAFE:
+        up = y.exp()
+        for half, e in zip(out.unbind(-2), (up, up.reciprocal()), strict=True):
+            torch.mul(e, e.sum(-1, keepdim=True).reciprocal_(), out=half)
+        if math.exp(-2 * largest) / y.shape[-1] >= FLOOR:
+            return False
+    else:
+        torch.softmax(torch.stack([y, -y], dim=-2), -1, out=out)
+    out.clamp_min_(FLOOR)
+    return True
+
+
+class _TwoSoftmaxes(torch.autograd.Function):
+    """y [..., F] -> [softmax(y), softmax(-y)], [..., 2 F], at or above FLOOR."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        out = y.new_empty(*y.shape[:-1], 2, y.shape[-1])
+        ctx.floored = _two_softmaxes(y, out)
+        ctx.save_for_backward(out)
+        return out.flatten(-2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, received: Tensor) -> Tensor:
+        (out,) = ctx.saved_tensors
+        received = received.view_as(out)
+        if ctx.floored:
+            received = received.masked_fill(out <= FLOOR, 0.0)
+        of_halves: Tensor = torch.ops.aten._softmax_backward_data(received, out, -1, out.dtype)
+        return of_halves[..., 0, :] - of_halves[..., 1, :]
 
 
 @register_attention(paper="Zhang et al. 2024, section 4.2 and appendix A.1", cost="N 2F E")
@@ -33,6 +80,8 @@ class Hedgehog(FeatureMap):
             sqrt(2 / F) as wide as x, and phi is nearly constant. LoLCATs copies the queries' map to the keys before
             training, so that its kernel begins ordered by q.k; ours are two draws, one with `tie_qk`.
     """
+
+    floored = True
 
     def __init__(
         self,
@@ -64,15 +113,61 @@ class Hedgehog(FeatureMap):
     def map_keys(self, k: Tensor, *, positions: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self._features(k)
 
+    def map_into(self, x: Tensor, out: Tensor) -> bool:
+        if self.activation != "softmax" or not self.negation:
+            return False
+        _two_softmaxes(self._projected(x), out.view(*out.shape[:-1], 2, -1))
+        return True
+
+    def fused(
+        self, key_map: FeatureMap, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, key_mask: Tensor | None
+    ) -> Tensor | None:
+        if not q.is_cuda or os.environ.get("HHBENCH_TRITON") != "1":
+            return None
+        try:
+            from hhbench.baselines import _hedgehog_triton as triton
+        except ImportError:  # no Triton for this platform
+            return None
+        assert isinstance(key_map, Hedgehog)
+        weights = self.weight, key_map.weight
+        if triton.supported(q, k, v, *weights, activation=self.activation, negation=self.negation):
+            return None
+        ran("Triton")
+        out: Tensor = triton.hedgehog_attention(
+            q,
+            k,
+            v,
+            *weights,
+            causal=causal,
+            key_mask=key_mask,
+            bias_q=self.bias,
+            bias_k=key_map.bias,
+            activation=self.activation,
+            negation=self.negation,
+        )
+        return out
+
+    def _projected(self, x: Tensor) -> Tensor:
+        y = x @ self.weight.to(x.dtype)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+    def flops(self, num_tokens: int) -> int:
+        """The product with W."""
+        return 2 * self.shape.num_heads * num_tokens * self.shape.head_dim * self.weight.shape[-1]
+
     def _features(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Features, and their log scales where they are exponentials."""
-        y = x @ self.weight.to(x.dtype)
-        y = y if self.bias is None else y + self.bias.to(x.dtype)
-        halves = [y, -y] if self.negation else [y]
+        y = self._projected(x)
         if self.activation == "softmax":
-            return torch.cat([half.softmax(-1) for half in halves], dim=-1), None
-        y = torch.cat(halves, dim=-1)
+            if self.negation and torch.is_grad_enabled():
+                return _TwoSoftmaxes.apply(y), None
+            if self.negation:
+                out = y.new_empty(*y.shape[:-1], 2, y.shape[-1])
+                _two_softmaxes(y, out)
+                return out.flatten(-2), None
+            return y.softmax(-1).clamp_min(FLOOR), None
+        y = torch.cat([y, -y], dim=-1) if self.negation else y
         if self.activation == "joint-softmax":
-            return (2 * y).softmax(-1), None
+            return (2 * y).softmax(-1).clamp_min(FLOOR), None
         top = y.amax(-1).detach()
-        return (y - top[..., None]).exp(), top
+        return (y - top[..., None]).exp().clamp_min(FLOOR), top

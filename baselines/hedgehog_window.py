@@ -20,8 +20,19 @@ from hhbench.attention import (
 )
 from hhbench.baselines.hedgehog import Hedgehog
 from hhbench.errors import UsageError, unknown_name
+from hhbench.kernels import ran
 from hhbench.linear_attention import FLOOR, FORMS, divide
-from hhbench.window import Blocks, WindowState, after_ring, check_window, distances, far, last_attended, near
+from hhbench.window import (
+    Blocks,
+    WindowState,
+    after_ring,
+    check_window,
+    distances,
+    far,
+    last_attended,
+    near,
+    num_pairs,
+)
 
 GATE = 0.1  # g to begin with: LoLCATs' released configurations start its logit at -2.1972
 DENSE = 2.5  # with at most so many slabs' keys, all pairs at once are faster
@@ -135,6 +146,18 @@ class HedgehogWindow(Attention):
         sums = self.shape.num_heads * int(self.key_map.feature_dim) * (self.shape.head_dim + 1)
         return batch_size * ((ring + sums) * 4 + 8)
 
+    def flops(self, num_queries: int, num_keys: int, *, batch_size: int = 1) -> int:
+        """Softmax's pairs within the window; beyond it the maps, and pairs or sums, whichever is less."""
+        H, E, causal, F = self.shape.num_heads, self.shape.head_dim, self.shape.causal, int(self.key_map.feature_dim)
+        pairs = num_pairs(num_queries, num_keys, causal=causal, window=self.window)
+        total = 2 * H * pairs * (self.shape.head_dim + E + 1)
+        if beyond := num_pairs(num_queries, num_keys, causal=causal) - pairs:
+            new = num_queries if causal else num_keys  # of the keys: as many leave the window
+            by_sums = 2 * H * F * (E + 1) * (new + num_queries)
+            total += self.query_map.flops(num_queries) + self.key_map.flops(new)
+            total += min(2 * H * beyond * (F + E + 1), by_sums)
+        return batch_size * total
+
     def _features(self, feature_map: Hedgehog, x: Tensor) -> Tensor:
         positions = torch.zeros(x.shape[0], x.shape[2], dtype=torch.int64, device=x.device)  # the map needs none
         features: Tensor = feature_map.map_queries(x, positions=positions)
@@ -186,8 +209,10 @@ class HedgehogWindow(Attention):
         fq, fk = self._features(self.query_map, q), self._features(self.key_map, k)
         length = Blocks.slab_length(self.window, causal=causal, num_queries=num_queries, num_keys=num_keys)
         if form == "quadratic" or (form == "auto" and num_keys <= DENSE * length):
+            ran("dense")
             out = self._all_scores(q, fq, k, fk, key_mask) @ v
             return _quotient(out if sums is None else out + fq @ sums)
+        ran("blocks")
         blocks = Blocks.of(
             key_mask, self.window, causal=causal, num_queries=num_queries, num_keys=num_keys, device=q.device
         )
@@ -242,6 +267,7 @@ class HedgehogWindow(Attention):
         self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, state: HybridState
     ) -> tuple[Tensor, HybridState]:
         """The recurrent form. One token's cost is O(w D + F E): the key that leaves the ring is the only one mapped."""
+        ran("recurrent")
         H, fq, outputs = self.shape.num_heads, self._features(self.query_map, q), []
         for i in range(q.shape[2]):
             token = slice(i, i + 1)

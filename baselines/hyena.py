@@ -1,7 +1,6 @@
 """Hyena: a long convolution whose filter a small network writes, between two gates."""
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from hhbench.attention import (
     register_attention,
     sum_dtype,
 )
-from hhbench.convolution import Packing, convolve, convolve_directly
+from hhbench.convolution import Convolution, Packing, convolution_flops
 from hhbench.errors import UsageError
 
 INNER_LAYERS = 2
@@ -52,7 +51,11 @@ class ImplicitFilter(nn.Module):
         self.weight_out = uniform(dim, filter_width, fan_in=filter_width)
         self.freq = nn.Parameter(torch.full((filter_width,), float(frequency)))
 
-    def forward(self, length: int, dtype: torch.dtype) -> Tensor:
+    @property
+    def longest(self) -> int:
+        return self.max_len
+
+    def kernel(self, length: int, dtype: torch.dtype) -> Tensor:
         """The filter of each channel, [C, length]."""
         lags = torch.arange(-(-length // BLOCK) * BLOCK, dtype=dtype, device=self.freq.device)
         t = lags[:, None] / max(self.max_len - 1, 1)
@@ -118,14 +121,25 @@ class Hyena(SequenceMixer):
         self.future_filter = None if shape.causal else make_filter()
         self.bias = nn.Parameter(torch.randn(C))
         self.out_proj = nn.Linear(C, C)
+        self._long = Convolution()
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
-        return self._mix(x, key_mask, convolve)
+        return self._mix(x, key_mask)
 
     def quadratic(self, x: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
-        return self._mix(x, key_mask, convolve_directly)
+        return self._mix(x, key_mask, directly=True)
 
-    def _mix(self, x: Tensor, key_mask: Tensor | None, convolve: Callable[..., Tensor]) -> Tensor:
+    def flops(self, num_queries: int, num_keys: int, *, batch_size: int = 1) -> int:
+        """Projections and convolutions of all tokens: decoding computes everything again. What writes the filters is
+        not counted: they are remembered at evaluation.
+        """
+        del num_queries
+        C, causal = self.shape.dim, self.shape.causal
+        projected = 2 * 4 * C * C * batch_size * num_keys
+        short = 2 * 3 * 3 * C * batch_size * num_keys
+        return projected + short + C * convolution_flops(num_keys, None, causal=causal, batch_size=batch_size)
+
+    def _mix(self, x: Tensor, key_mask: Tensor | None, *, directly: bool = False) -> Tensor:
         check_hidden_states(self.shape, x, key_mask)
         N, dtype = x.shape[1], sum_dtype(x)
         max_len = self.shape.max_len
@@ -138,8 +152,7 @@ class Hyena(SequenceMixer):
             u = packing.zero(self._short(u.to(dtype).mT).mT).mT
             gate_out, gate_in, v = u.chunk(3, dim=1)
             v = gate_in * v
-            future = None if self.future_filter is None else self.future_filter(N, dtype)
-            y = convolve(v, self.filter(N, dtype), future) + self.bias.to(dtype)[:, None] * v
+            y = self._long(v, self.filter, self.future_filter, directly=directly) + self.bias.to(dtype)[:, None] * v
             y = (gate_out * y).mT
         out: Tensor = self.out_proj(y.to(x.dtype))
         return packing.unpack(out.to(x.dtype))

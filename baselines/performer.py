@@ -48,11 +48,31 @@ class Performer(FeatureMap):
         self.redraw_interval = redraw_interval
         self.register_buffer("seed", torch.randint(2**31, ()))
         self.register_buffer("num_passes", torch.zeros((), dtype=torch.int64))
+        self._mirror: tuple[Tensor, int, int] | None = None  # the counter, its version and its value
         self.register_buffer("projection", self._draw(0).to(torch.get_default_dtype()))
 
+    def begin_pass(self) -> None:
+        """Count the pass, and draw another projection where its interval has passed."""
+        if not self.redraw_interval:
+            return
+        passes = self._passes()
+        draws, since = divmod(passes, self.redraw_interval)
+        if draws and not since:  # a new tensor: the old one may be saved for a gradient that is still to come
+            self.projection = self._draw(draws).to(self.projection)
+        self.num_passes += 1
+        self._mirror = (self.num_passes, self.num_passes._version, passes + 1)
+
+    def _passes(self) -> int:
+        """`num_passes`, read from the tensor only where something else wrote it: on a GPU that waits."""
+        counter, mirror = self.num_passes, self._mirror
+        known = mirror is not None and mirror[0] is counter and mirror[1] == counter._version
+        return mirror[2] if mirror is not None and known else int(counter)
+
+    def flops(self, num_tokens: int) -> int:
+        """The projection; the length of a key, one part in m, is not counted."""
+        return 2 * self.shape.num_heads * num_tokens * self.shape.head_dim * self.feature_dim
+
     def map_queries(self, q: Tensor, *, positions: Tensor) -> Tensor:
-        if self.training and self.redraw_interval:
-            self._count_pass()
         logits = self._logits(q)
         return (logits - logits.amax(-1, keepdim=True).detach()).exp()
 
@@ -62,14 +82,8 @@ class Performer(FeatureMap):
         return (logits - top[..., None]).exp(), top - k.square().sum(-1) * (self.shape.scale / 2)
 
     def _logits(self, x: Tensor) -> Tensor:
-        return torch.matmul(x * self.shape.scale**0.5, self.projection.to(x.dtype).mT)
-
-    def _count_pass(self) -> None:
-        """Queries are mapped once a pass, and before keys: both see the new projection."""
-        draws, since = divmod(int(self.num_passes), self.redraw_interval)
-        if draws and not since:  # a new tensor: the old one may be saved for a gradient that is still to come
-            self.projection = self._draw(draws).to(self.projection)
-        self.num_passes += 1
+        scaled = self.projection.to(x.dtype) * self.shape.scale**0.5  # smaller than x
+        return torch.matmul(x, scaled.mT)
 
     def _draw(self, index: int) -> Tensor:
         """[m, D] in float64, the same on every rank: from the seed and the number of the draw alone."""

@@ -16,6 +16,8 @@ from hhbench.attention import (
     visible_keys,
     zero_padding,
 )
+from hhbench.kernels import ran
+from hhbench.window import num_pairs
 
 
 @register_attention(paper="Vaswani et al. 2017, eq. 1", cost="N^2 D", recipe="no-transfer")
@@ -44,26 +46,35 @@ class Softmax(Attention):
         if self._flash_attn and q.is_cuda and key_mask is None and q.dtype in (torch.float16, torch.bfloat16):
             from flash_attn import flash_attn_func
 
+            ran("flash-attn")
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
             out: Tensor = flash_attn_func(q, k, v, dropout, softmax_scale=self.shape.scale, causal=self.shape.causal)
             return out.transpose(1, 2)
-        k, v = repeat_heads(k, self.shape.num_heads), repeat_heads(v, self.shape.num_heads)
-        num_queries, num_keys = q.shape[2], k.shape[2]
-        if key_mask is None and self.shape.causal and num_queries == num_keys:
-            return scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=self.shape.scale)
-        visible = visible_keys(
-            key_mask, causal=self.shape.causal, num_queries=num_queries, num_keys=num_keys, device=q.device
-        )
-        if key_mask is None:
-            return scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout, scale=self.shape.scale)
-        assert visible is not None
-        # A query with nothing to see would be 0/0: let it see everything, then zero what it saw.
-        blind = ~visible.any(-1, keepdim=True)
-        q, k, v = (zero_padding(x, key_mask) for x in (q, k, v))
+        ran("sdpa")
+        num_queries, num_keys, H = q.shape[2], k.shape[2], q.shape[1]
+        visible, blind, causal = None, None, self.shape.causal and num_queries > 1
+        if key_mask is not None:
+            q, k, v = (zero_padding(x, key_mask) for x in (q, k, v))
+        if key_mask is not None or (causal and num_queries < num_keys):
+            visible = visible_keys(key_mask, causal=causal, num_queries=num_queries, num_keys=num_keys, device=q.device)
+            causal = False
+        if key_mask is not None:
+            assert visible is not None
+            # A query with nothing to see would be 0/0: let it see everything, then zero what it saw.
+            blind = ~visible.any(-1, keepdim=True)
+            visible = visible | blind
+        grouped, options = k.shape[1] < H, {}
+        if grouped and num_queries == 1:  # the queries of a group as rows of its head: a long cache is read once
+            q = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+        elif grouped and (q.is_cpu or (visible is None and q.dtype in (torch.float16, torch.bfloat16))):
+            options = {"enable_gqa": True}
+        elif grouped:  # on a CUDA device, only the kernels of half precision without a mask know groups
+            k, v = repeat_heads(k, H), repeat_heads(v, H)
         out = scaled_dot_product_attention(
-            q, k, v, attn_mask=visible | blind, dropout_p=dropout, scale=self.shape.scale
+            q, k, v, attn_mask=visible, is_causal=causal, dropout_p=dropout, scale=self.shape.scale, **options
         )
-        return out.masked_fill(blind, 0.0)
+        out = out.reshape(out.shape[0], H, num_queries, out.shape[3])
+        return out if blind is None else out.masked_fill(blind, 0.0)
 
     def weights(
         self, q: Tensor, k: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None
@@ -85,3 +96,8 @@ class Softmax(Attention):
         if not self.shape.causal:
             return None
         return batch_size * num_tokens * self.shape.num_kv_heads * self.shape.head_dim * 2 * 4
+
+    def flops(self, num_queries: int, num_keys: int, *, batch_size: int = 1) -> int:
+        """The two products over pairs of tokens; the sum of the normaliser, one part in 2 D, is not counted."""
+        pairs = num_pairs(num_queries, num_keys, causal=self.shape.causal)
+        return batch_size * self.shape.num_heads * pairs * 4 * self.shape.head_dim

@@ -14,7 +14,8 @@ from hhbench.attention import (
     repeat_heads,
     zero_padding,
 )
-from hhbench.window import Blocks, WindowState, after_ring, check_window, distances, last_attended, near
+from hhbench.kernels import ran
+from hhbench.window import Blocks, WindowState, after_ring, check_window, distances, last_attended, near, num_pairs
 
 DENSE = 2  # with at most so many slabs' keys, all pairs at once are faster
 
@@ -77,11 +78,18 @@ class SoftmaxWindow(Attention):
             return None
         return batch_size * (self.window * self.shape.num_kv_heads * self.shape.head_dim * 2 * 4 + 8)
 
+    def flops(self, num_queries: int, num_keys: int, *, batch_size: int = 1) -> int:
+        """As softmax's, over the pairs of the window."""
+        pairs = num_pairs(num_queries, num_keys, causal=self.shape.causal, window=self.window)
+        return batch_size * self.shape.num_heads * pairs * 4 * self.shape.head_dim
+
     def _attend_near(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         causal, num_queries, num_keys = self.shape.causal, q.shape[2], k.shape[2]
         length = Blocks.slab_length(self.window, causal=causal, num_queries=num_queries, num_keys=num_keys)
         if num_keys <= DENSE * length:
+            ran("dense")
             return self._attend(q, k, v, self._visible(key_mask, num_queries, num_keys, q.device))
+        ran("blocks")
         blocks = Blocks.of(
             key_mask, self.window, causal=causal, num_queries=num_queries, num_keys=num_keys, device=q.device
         )

@@ -44,3 +44,7 @@ class T2R(FeatureMap):
     def forward(self, x: Tensor) -> Tensor:
         y = x @ self.weight.to(x.dtype)
         return (y if self.bias is None else y + self.bias.to(x.dtype)).relu()
+
+    def flops(self, num_tokens: int) -> int:
+        """The product with W."""
+        return 2 * self.shape.num_heads * num_tokens * self.shape.head_dim * self.feature_dim

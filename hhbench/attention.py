@@ -11,6 +11,7 @@ A new thought registers at the lowest rung that holds it, and hhbench supplies t
     SequenceMixer     the whole block, projections included
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -18,13 +19,17 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from hhbench import blockwise
+from hhbench.blockwise import Job
 from hhbench.errors import HHBenchError, UsageError, in_one_line, unknown_name
+from hhbench.kernels import ran
 from hhbench.linear_attention import (
     CHUNK,
     FLOOR,
@@ -95,11 +100,13 @@ class FeatureMap(nn.Module):
         feature_dim: F.
         signed: features may be negative, though phi(q).phi(k) is not (Taylor). Others are kept at or above a floor.
         tied: queries and keys need the same map, as random features do. It then must not depend on the number of heads.
+        floored: it keeps its features at or above FLOOR by itself, and each row has one well above it.
     """
 
     feature_dim: int
     signed: ClassVar[bool] = False
     tied: ClassVar[bool] = False
+    floored: ClassVar[bool] = False
 
     def __init__(self, shape: MixerShape) -> None:
         super().__init__()
@@ -108,6 +115,12 @@ class FeatureMap(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} maps queries and keys by their own methods")
+
+    def begin_pass(self) -> None:
+        """Called once before each forward pass in training: a map that draws new features now and then does it here.
+
+        Tokens are mapped in blocks, and mapped again for gradients.
+        """
 
     def map_queries(self, q: Tensor, *, positions: Tensor) -> Tensor:
         """Features of queries, each row up to a positive factor of its own, which cancels in the normaliser."""
@@ -123,6 +136,25 @@ class FeatureMap(nn.Module):
         """
         del positions, key_mask
         return self(k), None
+
+    def map_into(self, x: Tensor, out: Tensor) -> bool:
+        """Write the features of queries or keys x [B, H, N, D], at or above FLOOR, into out [B, H, N, F].
+
+        For a map whose features know no positions and no log scales, where that saves time and no gradient is wanted.
+        False, and nothing done, where it doesn't: the default.
+        """
+        del x, out
+        return False
+
+    def fused(
+        self, key_map: "FeatureMap", q: Tensor, k: Tensor, v: Tensor, *, causal: bool, key_mask: Tensor | None
+    ) -> Tensor | None:
+        """The whole attention [B, H, N, E] by a kernel of the map's own, for q [B, H, N, D] and k, v [B, G, N, .].
+
+        None, the default, where there is none for these tensors; positions must not matter to it.
+        """
+        del key_map, q, k, v, causal, key_mask
+        return None
 
     def flops(self, num_tokens: int) -> int:
         """FLOPs of mapping [1, H, N, D]: see `Attention.flops`. 0 where it works on each element for itself."""
@@ -335,6 +367,13 @@ def sum_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Sums and features keep their type within it."""
+    if not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 def masked_softmax(scores: Tensor, visible: Tensor | None) -> Tensor:
     """Softmax over the keys that `visible_keys` lets a query see; zeros where it may see none."""
     if visible is None:
@@ -431,34 +470,36 @@ class LinearAttention(Attention):
             raise unknown_name("form", form, FORMS)
         if state is not None or return_state:
             refuse_state_unless_causal(self.shape)
-        with torch.autocast(q.device.type, enabled=False):
-            queries, keys, attended = self._mapped(q, k, v, key_mask, positions, state)
+        with without_autocast(q.device):
+            if form == "auto" and state is None and not return_state and 1 < q.shape[2] == k.shape[2]:
+                whole = self.query_map.fused(self.key_map, q, k, v, causal=self.shape.causal, key_mask=key_mask)
+                if whole is not None:
+                    return whole
+            attended = self._attended(k, key_mask, state) if return_state else None
+            if positions is None:
+                positions = self._positions(k, key_mask, state)
             sums = self._sums(state)
-            extra = k.shape[2] - q.shape[2]
-            if extra and self.shape.causal:  # keys before the first query: a cache holds tokens that came earlier
-                sums = (sums or empty_sums(keys)).add(keys[slice(0, extra)])
-                keys = keys[slice(extra, None)]
-            if not self.shape.causal:
-                out = self._bidirectional(queries, keys, form)
-            elif form == "quadratic" and sums is None:
-                out = quadratic(queries, keys, causal=True)
-            elif form == "recurrent" or (form == "auto" and q.shape[2] == 1):
-                out, sums = recurrent(queries, keys, sums)
-                keys = keys[slice(0, 0)]
-            else:
-                out = chunked(queries, keys, sums, chunk_size=q.shape[2] if form == "quadratic" else CHUNK)
-            out = out.reshape(*q.shape[:3], v.shape[3]).to(q.dtype)
+            extra = k.shape[2] - q.shape[2] if self.shape.causal else 0
+            if extra:  # keys before the first query: a cache holds tokens that came earlier
+                old, new = slice(0, extra), slice(extra, None)
+                mask = None if key_mask is None else key_mask[:, old]
+                sums = self._after(sums, self._mapped_keys(k[:, :, old], v[:, :, old], mask, positions[:, old]))
+                k, v, positions = k[:, :, new], v[:, :, new], positions[:, new]
+                key_mask = None if key_mask is None else key_mask[:, new]
+            out, sums = self._sum(q, k, v, key_mask, positions, sums, form, need_sums=return_state)
             if not return_state:
                 return out
-            sums = sums or empty_sums(keys)
-            return out, self._state(sums.add(keys) if keys.features.shape[-2] else sums, attended)
+            assert sums is not None and attended is not None
+            return out, LinearState(sums.values, sums.keys, sums.log_max, attended)
 
     def weights(
         self, q: Tensor, k: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor:
         check_inputs(self.shape, q, k, None, key_mask)
-        with torch.autocast(q.device.type, enabled=False):
-            queries, keys, _ = self._mapped(q, k, k, key_mask, positions, None)
+        with without_autocast(q.device):
+            if positions is None:
+                positions = self._positions(k, key_mask, None)
+            queries, keys = self._mapped(q, k, k, key_mask, positions)
             scores = quadratic_scores(queries, keys, causal=self.shape.causal)
             return divide(scores, scores.sum(-1)).reshape(*q.shape[:3], k.shape[2])
 
@@ -481,76 +522,192 @@ class LinearAttention(Attention):
         by_sums = 2 * F * (E + 1) * (state_heads * new + H * num_queries)
         return batch_size * (self.query_map.flops(num_queries) + self.key_map.flops(new) + min(by_pairs, by_sums))
 
-    def _bidirectional(self, queries: Tensor, keys: Keys, form: str) -> Tensor:
-        N, M = queries.shape[-2], keys.features.shape[-2]
-        F, E = keys.features.shape[-1], keys.values.shape[-1]
-        if form == "recurrent":
-            raise UsageError("a bidirectional attention has no recurrent form")
-        if form == "quadratic" or (form == "auto" and N * M * (F + E) <= (N + M) * F * E):
-            return quadratic(queries, keys, causal=False)
-        return bidirectional(queries, keys)
+    def map_queries(
+        self, q: Tensor, *, positions: Tensor, key_mask: Tensor | None, out: Tensor | None = None
+    ) -> Tensor:
+        """Features [B, H, N, F] as the sum takes them: in its type, at or above the floor. See `blockwise.Maps`."""
+        q = zero_padding(q.to(sum_dtype(q)), key_mask)
+        if out is not None and self.query_map.map_into(q, out):
+            return out
+        return self._floored(self.query_map.map_queries(q, positions=positions), key_mask, out)
 
-    def _mapped(
+    def map_keys(
+        self, k: Tensor, *, positions: Tensor, key_mask: Tensor | None, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Features [B, H, N, F] and log scales [B, H, N] of keys likewise; padded ones 0 and -inf."""
+        if not self.share_kv_heads:
+            return self._map_keys(k, positions, key_mask, out)
+        features, log_scale = self._map_keys(k, positions, key_mask)
+        group = self.shape.num_heads // self.shape.num_kv_heads
+        return (
+            features.repeat_interleave(group, 1),
+            None if log_scale is None else log_scale.repeat_interleave(group, 1),
+        )
+
+    def map_values(self, v: Tensor, *, key_mask: Tensor | None) -> Tensor:
+        """Values [B, H, N, E] in the type of the sum, padded ones 0."""
+        return repeat_heads(zero_padding(v.to(sum_dtype(v)), key_mask), self.shape.num_heads)
+
+    def _map_keys(
+        self, k: Tensor, positions: Tensor, key_mask: Tensor | None, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Of every head that has a key map: [B, G, N, F] where they share it."""
+        k = zero_padding(k.to(sum_dtype(k)), key_mask)
+        if not self.share_kv_heads:
+            k = repeat_heads(k, self.shape.num_heads)
+        if out is not None and self.key_map.map_into(k, out):
+            features, log_scale = out, None
+        else:
+            features, log_scale = self.key_map.map_keys(k, positions=positions, key_mask=key_mask)
+            features = self._floored(features, key_mask, out)
+        if key_mask is None:
+            return features, log_scale
+        padded = ~key_mask[:, None, :]
+        features = (features.masked_fill if out is None else features.masked_fill_)(padded[..., None], 0.0)
+        return features, None if log_scale is None else log_scale.masked_fill(padded, -torch.inf)
+
+    def _floored(self, features: Tensor, key_mask: Tensor | None, out: Tensor | None) -> Tensor:
+        if self.query_map.signed or self.query_map.floored:
+            return features if out is None else out.copy_(features)
+        if not self.training:
+            self._count_floored(features, key_mask)
+        return torch.clamp_min(features, FLOOR, out=out)
+
+    def _sum(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         key_mask: Tensor | None,
-        positions: Tensor | None,
-        state: LinearState | None,
-    ) -> tuple[Tensor, Keys, Tensor]:
-        """Mapped queries, mapped keys, and the number of attended tokens [B] so far."""
-        B, num_keys = k.shape[0], k.shape[2]
-        attended = torch.full((B,), num_keys, device=k.device) if key_mask is None else key_mask.sum(-1)
-        if positions is None:
-            positions = token_positions(key_mask, batch_size=B, length=num_keys, device=k.device)
-            if state is not None:
-                positions = positions + state.num_attended[:, None]
-        if state is not None:
-            attended = attended + state.num_attended
-        dtype = sum_dtype(q)
-        q, k, v = (zero_padding(x.to(dtype), key_mask) for x in (q, k, v))
-        if not self.share_kv_heads:
-            k, v = repeat_heads(k, self.shape.num_heads), repeat_heads(v, self.shape.num_heads)
-        queries = self.query_map.map_queries(q, positions=positions[:, num_keys - q.shape[2] :])
-        features, log_scale = self.key_map.map_keys(k, positions=positions, key_mask=key_mask)
-        if not self.query_map.signed:
-            if not self.training:
-                self._count_floored(queries, features, key_mask)
-            queries, features = queries.clamp_min(FLOOR), features.clamp_min(FLOOR)
+        positions: Tensor,
+        sums: Sums | None,
+        form: str,
+        *,
+        need_sums: bool,
+    ) -> tuple[Tensor, Sums | None]:
+        """The output in the type of q, and the sums after the last token."""
+        N, causal = q.shape[2], self.shape.causal
+        if form == "recurrent" and not causal:
+            raise UsageError("a bidirectional attention has no recurrent form")
+        if self.training:
+            self.query_map.begin_pass()
+        by_token = form == "recurrent" or (form == "auto" and causal and N == 1)
+        if not by_token and form != "quadratic" and q.device.type == "cpu":
+            drawn = torch.get_rng_state() if self.training else None
+            job = Job(
+                maps=self,
+                num_heads=self.shape.num_heads,
+                feature_dim=self.key_map.feature_dim,
+                positions=positions,
+                key_mask=key_mask,
+                dtype=sum_dtype(q),
+                signed=self.query_map.signed,
+                holders=[m for own in (self.query_map, self.key_map) for m in own.modules() if m._buffers],
+            )
+            learned = [p for p in self.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
+            found = self._blockwise(job, q, k, v, sums, learned, need_sums=need_sums)
+            if drawn is None or torch.equal(drawn, torch.get_rng_state()):
+                return found
+            # A map that draws random numbers would draw others when it is run again for its gradient.
+        queries, keys = self._mapped(q, k, v, key_mask, positions)
+        sums = self._grouped(sums)
+        if by_token:
+            ran("recurrent")
+            blind = key_mask is not None or self.query_map.signed
+            out, sums = recurrent(queries, keys, sums, may_be_blind=blind)
+        else:
+            if form == "quadratic" and (sums is None or not causal):
+                ran("quadratic")
+                out = quadratic(queries, keys, causal=causal)
+            elif not causal:
+                ran("two products")
+                out = bidirectional(queries, keys)
+            else:
+                ran("chunks")
+                out = chunked(queries, keys, sums, chunk_size=N if form == "quadratic" else CHUNK)
+            sums = (sums or empty_sums(keys)).add(keys) if need_sums else None
+        return out.reshape(*q.shape[:3], v.shape[3]).to(q.dtype), self._ungrouped(sums)
+
+    def _blockwise(
+        self,
+        job: Job,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sums: Sums | None,
+        learned: list[nn.Parameter],
+        *,
+        need_sums: bool,
+    ) -> tuple[Tensor, Sums | None]:
+        """See `blockwise`. There every head has sums of its own; here heads of a group may share them."""
+        if not self.shape.causal:
+            ran("blocks, bidirectional")
+            return blockwise.bidirectional(job, q, k, v, learned), None
+        ran("blocks")
+        group = self.shape.num_heads // self.shape.num_kv_heads if self.share_kv_heads else 1
+        if sums is not None and group > 1:
+            sums = Sums(*(x.repeat_interleave(group, 1) for x in (sums.values, sums.keys, sums.log_max)))
+        out, sums = blockwise.causal(job, q, k, v, sums, learned, need_sums=need_sums)
+        if sums is not None and group > 1:  # every head of a group has the same
+            sums = Sums(*(x[:, ::group] for x in (sums.values, sums.keys, sums.log_max)))
+        return out, sums
+
+    def _positions(self, k: Tensor, key_mask: Tensor | None, state: LinearState | None) -> Tensor:
+        """Of the keys, [B, M]."""
+        if state is not None and key_mask is None and k.shape[2] == 1:
+            return state.num_attended[:, None]
+        positions = token_positions(key_mask, batch_size=k.shape[0], length=k.shape[2], device=k.device)
+        return positions if state is None else positions + state.num_attended[:, None]
+
+    def _attended(self, k: Tensor, key_mask: Tensor | None, state: LinearState | None) -> Tensor:
+        """The number of attended tokens so far, int64 [B]."""
         if key_mask is not None:
-            padded = ~key_mask[:, None, :]
-            features = features.masked_fill(padded[..., None], 0.0)
-            log_scale = None if log_scale is None else log_scale.masked_fill(padded, -torch.inf)
-        if self.share_kv_heads:  # heads of a group become a dimension over which keys broadcast
-            queries = queries.reshape(B, self.shape.num_kv_heads, -1, *queries.shape[2:])
-            features, v = features.unsqueeze(2), v.unsqueeze(2)
-            log_scale = None if log_scale is None else log_scale.unsqueeze(2)
-        return queries, Keys(features, v, log_scale), attended
+            count = key_mask.sum(-1)
+            return count if state is None else count + state.num_attended
+        if state is not None:
+            return state.num_attended + k.shape[2]
+        return torch.full((k.shape[0],), k.shape[2], device=k.device)
+
+    def _mapped(
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, positions: Tensor
+    ) -> tuple[Tensor, Keys]:
+        """Mapped queries and keys. Heads of a group are a dimension over which shared keys broadcast."""
+        N = q.shape[2]
+        mask = None if key_mask is None else key_mask[:, -N:]
+        queries = self.map_queries(q, positions=positions[:, -N:], key_mask=mask)
+        if self.share_kv_heads:
+            queries = queries.reshape(q.shape[0], self.shape.num_kv_heads, -1, *queries.shape[2:])
+        return queries, self._mapped_keys(k, v, key_mask, positions)
+
+    def _mapped_keys(self, k: Tensor, v: Tensor, key_mask: Tensor | None, positions: Tensor) -> Keys:
+        features, log_scale = self._map_keys(k, positions, key_mask)
+        v = zero_padding(v.to(features.dtype), key_mask)
+        if not self.share_kv_heads:
+            return Keys(features, repeat_heads(v, self.shape.num_heads), log_scale)
+        return Keys(features.unsqueeze(2), v.unsqueeze(2), None if log_scale is None else log_scale.unsqueeze(2))
 
     @torch.no_grad()
-    def _count_floored(self, queries: Tensor, features: Tensor, key_mask: Tensor | None) -> None:
-        for rows in (queries, features):
-            dead = rows.amax(-1) <= FLOOR
-            if key_mask is not None:
-                dead = dead & key_mask[:, None, -dead.shape[2] :]
-            self.floored_rows += dead.sum()
+    def _count_floored(self, features: Tensor, key_mask: Tensor | None) -> None:
+        dead = features.amax(-1) <= FLOOR
+        self.floored_rows += (dead if key_mask is None else dead & key_mask[:, None, :]).sum()
+
+    def _after(self, sums: Sums | None, keys: Keys) -> Sums:
+        after = self._ungrouped((self._grouped(sums) or empty_sums(keys)).add(keys))
+        assert after is not None
+        return after
 
     def _sums(self, state: LinearState | None) -> Sums | None:
-        if state is None:
-            return None
-        grouped = self.share_kv_heads
-        values, keys, log_max = state.values, state.keys, state.log_max
-        return (
-            Sums(values.unsqueeze(2), keys.unsqueeze(2), log_max.unsqueeze(2))
-            if grouped
-            else Sums(values, keys, log_max)
-        )
+        return None if state is None else Sums(state.values, state.keys, state.log_max)
 
-    def _state(self, sums: Sums, attended: Tensor) -> LinearState:
-        if self.share_kv_heads:
-            sums = Sums(sums.values.squeeze(2), sums.keys.squeeze(2), sums.log_max.squeeze(2))
-        return LinearState(sums.values, sums.keys, sums.log_max, attended)
+    def _grouped(self, sums: Sums | None) -> Sums | None:
+        if sums is None or not self.share_kv_heads:
+            return sums
+        return Sums(sums.values.unsqueeze(2), sums.keys.unsqueeze(2), sums.log_max.unsqueeze(2))
+
+    def _ungrouped(self, sums: Sums | None) -> Sums | None:
+        if sums is None or not self.share_kv_heads:
+            return sums
+        return Sums(sums.values.squeeze(2), sums.keys.squeeze(2), sums.log_max.squeeze(2))
 
 
 Part = FeatureMap | Attention | SequenceMixer

@@ -49,6 +49,7 @@ ACROSS = CHUNK + 12  # tokens that reach over the border of a chunk
 EXACT = 1e-12  # float64, the same operations in another batch
 CLOSE = 1e-10  # float64, other operations
 FAST_LENGTH, LONG_LENGTH, QUADRATIC_LENGTH = 512, 65536, 4096
+QUADRATIC_GROWTH = 3.0  # of FLOPs when tokens double: 2 if linear, little more with a logarithm, 4 if quadratic
 SECONDS_FOR_PROCESSES = 120.0
 
 
@@ -218,7 +219,7 @@ def check(
         spec: a name, `file.py:Class`, a dotted path, or a spec.
         options: of the attention.
         directions: these only.
-        long: add the long profile: 65,536 tokens where the stated cost is below quadratic.
+        long: add the long profile: 65,536 tokens where the cost of these options is below quadratic.
         only: the ids of the checks to run; those of the long profile may be among them.
         watch: called before each check with the number done, the number of all, and what comes next.
 
@@ -774,10 +775,11 @@ def _save_load(case: Case) -> Iterator[Measured]:
 # ---- precision -------------------------------------------------------------------------------------------------
 
 
-def _precision_at(case: Case, length: int) -> Iterator[Measured]:
+def _precision_at(case: Case, length: int, why: str = "") -> Iterator[Measured]:
     """One head of width 32; the last 256 queries in float64, on the inputs that half precision was given.
 
-    A mixer's own projections round too, as a host's do around an attention: their products may be four times as far.
+    `why` is added to each note. A mixer's own projections round too, as a host's do around an attention: their
+    products may be four times as far.
     """
     case = case.at(num_heads=1, num_kv_heads=1, head_dim=32, scale=32**-0.5, max_len=length)
     exact = case.build(torch.float64)
@@ -799,7 +801,7 @@ def _precision_at(case: Case, length: int) -> Iterator[Measured]:
                 yield Measured(
                     error,
                     bound * (4 if case.is_mixer else 1),
-                    f"N = {length:,}, {str(dtype).removeprefix('torch.')} {how}",
+                    f"N = {length:,}, {str(dtype).removeprefix('torch.')} {how}{why}",
                 )
 
 
@@ -812,9 +814,28 @@ def _precision(case: Case) -> Iterator[Measured]:
     "precision-long", "half precision is near float64 at 65,536 tokens, or 4,096 where the cost is quadratic", long=True
 )
 def _precision_long(case: Case) -> Iterator[Measured]:
+    length, why = _long_length(case)
+    yield from _precision_at(case, length, f"; {why}" if why else "")
+
+
+def _long_length(case: Case) -> tuple[int, str]:
+    """The longest sequence to ask it about, and why if it is a shorter one.
+
+    What its FLOPs say counts, as options may change the cost. An attention that doesn't state them has its spec's.
+    """
+    module = case.spec.build(case.shape, **case.options)
+    half, whole = (module.flops(n, n) for n in (LONG_LENGTH // 2, LONG_LENGTH))
+    if half and whole:
+        growth = whole / half
+        if growth < QUADRATIC_GROWTH:
+            return LONG_LENGTH, ""
+        return QUADRATIC_LENGTH, f"its FLOPs grow {growth:.1f}-fold from {LONG_LENGTH // 2:,} to {LONG_LENGTH:,} tokens"
     cost = case.spec.cost.replace(" ", "").lower()
-    below_quadratic = "n" in cost and cost != "notstated" and not any(s in cost for s in ("n^2", "n**2", "n²"))
-    yield from _precision_at(case, LONG_LENGTH if below_quadratic else QUADRATIC_LENGTH)
+    if "n" in cost and cost != "notstated" and not any(s in cost for s in ("n^2", "n**2", "n²")):
+        return LONG_LENGTH, ""
+    return QUADRATIC_LENGTH, f"it states a cost of {case.spec.cost}, and no FLOPs" if cost != "notstated" else (
+        "it states neither cost nor FLOPs"
+    )
 
 
 @_check("large-logits", "with logits fifty times larger float32 is finite and near the float64 quadratic form")

@@ -9,25 +9,39 @@ which is KL(softmax || weights) plus the entropy of softmax; or the error of its
 
 Memory grows with the number of tokens and not with depth. The model itself runs without a graph. A layer's loss is
 taken a few queries at a time, and each block's graph is freed before the next one is built.
+
+A linear attention has a way of its own (`_PairLoss`): its tokens are mapped once, loss and gradient follow from the
+features by formula, and the maps receive the gradient at the end. Any other is asked for its weights, block by block.
 """
 
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, TypeGuard, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from hhbench.attention import ATTENTIONS, Attention, repeat_heads, token_positions, zero_padding
+from hhbench.attention import (
+    ATTENTIONS,
+    Attention,
+    LinearAttention,
+    repeat_heads,
+    sum_dtype,
+    token_positions,
+    zero_padding,
+)
 from hhbench.errors import HHBenchError, unknown_name
 from hhbench.hosts import AttentionSlot, Interceptor, slots
 
 QUERY_BLOCK = 256  # queries at a time, at most
 PAIRS = 2**17  # pairs of a query and a key at a time, for each head and sequence: 32 queries of 4,096 tokens
 SAMPLED_BLOCK = 16  # consecutive queries that are drawn together
+MAPPED = 1024  # tokens of all sequences that are mapped at a time
+TILE = 2**17  # pairs at a time on a CPU, for each of its threads: what the cache of a core holds
+HIDDEN = -1e30  # the logit of a key that a query doesn't see: finite, so that a query which sees none gives no NaN
 OUTPUT_FACTOR = 1000.0  # of the output's error where the weights are taught too, as LoLCATs' public code has it
 TINY = torch.finfo(torch.float32).tiny
 
@@ -134,6 +148,222 @@ def draw_blocks(count: int, taken: int, generator: torch.Generator | None) -> li
     return sorted(torch.randperm(count, generator=generator)[:taken].tolist())
 
 
+def has_features(student: Attention) -> TypeGuard[LinearAttention]:
+    """Whether its weights are what `LinearAttention` makes of its maps, and no subclass's own."""
+    return isinstance(student, LinearAttention) and type(student).weights is LinearAttention.weights
+
+
+class _Queries(NamedTuple):
+    """Mapped queries of some blocks, n tokens, and what the pairs need of them. R query heads share a head of keys.
+
+    Attributes:
+        features: [L, R, n, F].
+        logits: scale q, [L, R, n, D]: what softmax multiplies keys with.
+        outputs: softmax's, [L, R, n, E]; None where they teach nothing.
+        unasked: padded queries, bool [L, 1, n, 1]; None where there are none.
+        gradient: with respect to the features, to be filled in.
+    """
+
+    features: Tensor
+    logits: Tensor
+    outputs: Tensor | None
+    unasked: Tensor | None
+    gradient: Tensor
+
+
+class _PairLoss:
+    """The loss of a linear attention and its gradient with respect to its features, by formula.
+
+    With scores s_ij = phi(q_i).phi(k_j), S_i = sum_j s_ij, p the weights of softmax and o_i = sum_j s_ij v_j / S_i,
+
+        "weights"   L_i = - sum_j p_ij log s_ij + log S_i      dL_i / ds_ij = 1 / S_i - p_ij / s_ij
+        "output"    L_i = mean over channels of e_i^2          dL_i / ds_ij = 2 / E e_i.(v_j - o_i) / S_i
+
+    for e_i = o_i - softmax's output. The weights s_ij / S_i are never formed. Each token is mapped once or, where there
+    are many, its key once more for the gradient: features receive what all pairs give, and only then the maps. On a CPU
+    pairs come in tiles that stay in the cache.
+
+    Everything is laid out by L = B S heads of keys, for S = H or, where the student's keys are shared, S = G.
+    """
+
+    def __init__(
+        self,
+        student: LinearAttention,
+        loss: Loss,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_mask: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        self.student, self.q, self.k, self.out, self.dtype = student, q, k, out, sum_dtype(q)
+        self.by_weights, self.by_output = loss != "output", loss != "weights"
+        B, M, causal = k.shape[0], k.shape[2], student.shape.causal
+        self.key_mask = None if key_mask is None or key_mask.all() else key_mask
+        self.positions = token_positions(self.key_mask, batch_size=B, length=M, device=k.device)
+        size = max(1, MAPPED // B)
+        self.key_blocks = [slice(start, min(start + size, M)) for start in range(0, M, size)]
+        self._mapped: tuple[Tensor, Tensor | None] | None = None
+        features, scales = [], []
+        for tokens in self.key_blocks:
+            mapped = self._map_keys(tokens)
+            features.append(mapped[0].detach())
+            scales.append(None if mapped[1] is None else mapped[1].detach())
+            if len(self.key_blocks) == 1:
+                self._mapped = mapped  # its graph is small enough to wait
+            del mapped
+        heads = features[0].shape[1]
+        self.features = torch.cat(features, 2).flatten(0, 1)
+        self.gradient = torch.zeros_like(self.features)
+        self.log_scale = None if scales[0] is None else torch.cat([s for s in scales if s is not None], 2).flatten(0, 1)
+        if self.log_scale is not None:
+            top = self.log_scale.cummax(-1).values if causal else self.log_scale.amax(-1, keepdim=True).expand(-1, M)
+            self.top = top.masked_fill(top == -torch.inf, 0.0)
+            self.scale_gradient = torch.zeros_like(self.log_scale)
+        # Features at or above a floor leave no score of a visible key at 0; others may.
+        self.may_vanish = self.log_scale is not None or student.query_map.signed
+
+        def by_head(x: Tensor) -> Tensor:
+            return repeat_heads(zero_padding(x.to(self.dtype), self.key_mask), heads).flatten(0, 1)
+
+        self.keys = by_head(k)
+        self.values = by_head(v) if self.by_output else None
+        self.hidden = None
+        if self.key_mask is not None:
+            self.hidden = ~self.key_mask.repeat_interleave(heads, 0)[:, None, None, :]
+
+    def _map_keys(self, tokens: slice) -> tuple[Tensor, Tensor | None]:
+        mask = None if self.key_mask is None else self.key_mask[:, tokens]
+        with torch.enable_grad():
+            return self.student.map_keys(self.k[:, :, tokens], positions=self.positions[:, tokens], key_mask=mask)
+
+    def cut(self, blocks: Sequence[_Block]) -> Iterator[Sequence[_Block]]:
+        """Blocks whose queries are mapped together."""
+        width = max(block.tokens.stop - block.tokens.start for block in blocks)
+        step = max(1, MAPPED // (self.k.shape[0] * width))
+        return (blocks[start : start + step] for start in range(0, len(blocks), step))
+
+    @torch.no_grad()
+    def add(self, blocks: Sequence[_Block], weight: float) -> Tensor:
+        """The loss of these queries, summed over them and heads. Query maps receive its gradient times `weight`."""
+        L, M, before = self.features.shape[0], self.k.shape[2], self.k.shape[2] - self.q.shape[2]
+        causal = self.student.shape.causal
+
+        def asking(x: Tensor, dim: int, skipped: int = 0) -> Tensor:
+            parts = [x.narrow(dim, b.tokens.start - skipped, b.tokens.stop - b.tokens.start) for b in blocks]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+        q = asking(self.q, 2, before)
+        mask = None if self.key_mask is None else asking(self.key_mask, 1)
+        with torch.enable_grad():
+            mapped = self.student.map_queries(q, positions=asking(self.positions, 1), key_mask=mask)
+
+        def by_head(x: Tensor) -> Tensor:
+            return x.reshape(L, -1, *x.shape[2:])
+
+        features = by_head(mapped.detach())
+        queries = _Queries(
+            features=features,
+            logits=by_head(zero_padding(q.to(self.dtype), mask) * self.student.shape.scale),
+            outputs=by_head(asking(self.out, 2, before).to(self.dtype)) if self.by_output else None,
+            unasked=None if mask is None else ~mask.repeat_interleave(L // mask.shape[0], 0)[:, None, :, None],
+            gradient=torch.empty_like(features),
+        )
+        total, start = features.new_zeros(()), 0
+        for block in blocks:
+            n = block.tokens.stop - block.tokens.start
+            num_keys = block.tokens.stop if causal else M
+            heads = L
+            if features.device.type == "cpu":
+                heads = max(1, TILE * torch.get_num_threads() // (features.shape[1] * n * num_keys))
+            for first in range(0, L, heads):
+                some = slice(first, min(first + heads, L))
+                total += self._tile(queries, some, slice(start, start + n), block.tokens, num_keys)
+            start += n
+        if mapped.requires_grad:
+            mapped.backward(queries.gradient.mul_(-weight).view_as(mapped))  # type: ignore[no-untyped-call]
+        return total
+
+    def _tile(self, queries: _Queries, heads: slice, rows: slice, tokens: slice, num_keys: int) -> Tensor:
+        """The loss of some heads and of consecutive queries, which see the first `num_keys` keys or some of them."""
+        m, n, causal = num_keys, rows.stop - rows.start, self.student.shape.causal
+        fq, fk = queries.features[heads, :, rows].flatten(1, 2), self.features[heads, :m]
+        unasked = None if queries.unasked is None else queries.unasked[heads, :, rows]
+        scores = torch.bmm(fq, fk.mT).view(fk.shape[0], -1, n, m)
+        relative = None
+        if self.log_scale is not None:
+            relative = self.log_scale[heads, None, None, :m] - self.top[heads, None, tokens, None]
+            scores.mul_(relative.clamp_max_(0.0).exp_())
+        if causal:
+            scores[..., m - n :].tril_()
+        normaliser = scores.sum(-1, keepdim=True)
+        inverse = normaliser.reciprocal().masked_fill_(normaliser == 0, 0.0)
+        # Down the loss with respect to a score: a part for each pair, less a constant for each query.
+        total, constant, towards = normaliser.new_zeros(()), torch.zeros_like(inverse), None
+        values = None if self.values is None else self.values[heads, :m]
+        if values is not None and queries.outputs is not None:
+            factor, wanted = OUTPUT_FACTOR if self.by_weights else 1.0, queries.outputs[heads, :, rows]
+            found = torch.bmm(scores.flatten(1, 2), values).view_as(wanted).mul_(inverse)
+            error = found - wanted
+            if unasked is not None:
+                error.masked_fill_(unasked, 0.0)
+            total += factor * error.square().mean(-1).sum()
+            towards = error.mul_(inverse).mul_(-2 * factor / error.shape[-1])
+            constant += (towards * found).sum(-1, keepdim=True)
+        if self.by_weights:
+            target = self._softmax(queries.logits[heads, :, rows], heads, m)
+            if unasked is not None:
+                target.masked_fill_(unasked, 0.0)
+            down = target / scores.clamp_min_(TINY)
+            logs = scores.log() if self.may_vanish else scores.log_()
+            total -= torch.dot(target.flatten(), logs.flatten())
+            mass = torch.ones_like(inverse) if unasked is None else inverse.new_ones(()) * ~unasked
+            if self.may_vanish:  # a weight at the floor depends on no score
+                floored = scores <= TINY
+                down.masked_fill_(floored, 0.0)
+                mass = target.masked_fill_(floored, 0.0).sum(-1, keepdim=True)
+            total += (normaliser.masked_fill(normaliser == 0, 1.0).log_() * mass).sum()
+            constant += mass * inverse
+        else:
+            down = torch.zeros_like(scores)
+        down.sub_(constant)
+        if towards is not None and values is not None:
+            down.flatten(1, 2).baddbmm_(towards.flatten(1, 2), values.mT)
+        if causal:
+            down[..., m - n :].tril_()
+        if relative is not None:
+            self.scale_gradient[heads, :m] += (down * scores).sum((1, 2))
+            down.mul_(relative)
+        pairs = down.flatten(1, 2)
+        queries.gradient[heads, :, rows] = torch.bmm(pairs, fk).view(fk.shape[0], -1, n, fk.shape[-1])
+        self.gradient[heads, :m].baddbmm_(pairs.mT, fq)
+        return total
+
+    def _softmax(self, logits: Tensor, heads: slice, num_keys: int) -> Tensor:
+        """The teacher's weights [g, R, n, m] of queries [g, R, n, D], the last n of the keys if causal."""
+        n, m = logits.shape[2], num_keys
+        scores = torch.bmm(logits.flatten(1, 2), self.keys[heads, :m].mT).view(*logits.shape[:3], m)
+        if self.hidden is not None:
+            scores.masked_fill_(self.hidden[heads, ..., :m], HIDDEN)
+        if self.student.shape.causal:
+            future = torch.ones(n, n, dtype=torch.bool, device=scores.device).triu_(1)
+            scores[..., m - n :].masked_fill_(future, HIDDEN)
+        return scores.softmax(-1)
+
+    @torch.no_grad()
+    def finish(self, weight: float) -> None:
+        """The maps of the keys receive the gradient of all that was added, times `weight`."""
+        gradient = self.gradient.mul_(-weight).view(self.k.shape[0], -1, *self.gradient.shape[1:])
+        of_scale = None if self.log_scale is None else self.scale_gradient.mul_(-weight).view(*gradient.shape[:3])
+        for tokens in self.key_blocks:
+            features, log_scale = self._mapped or self._map_keys(tokens)
+            taught = {features: gradient[:, :, tokens]}
+            if log_scale is not None and of_scale is not None:
+                taught[log_scale] = of_scale[:, :, tokens]
+            taught = {mapped: received for mapped, received in taught.items() if mapped.requires_grad}
+            torch.autograd.backward(list(taught), list(taught.values()))
+
+
 def _mean_over_queries(per_query: Tensor, attended: Tensor | None) -> Tensor:
     """Sum over batch and attended queries, mean over heads. per_query: [B, H, n]."""
     if attended is not None:
@@ -184,6 +414,9 @@ class TransferLoss:
         if not student.has_weights:
             self._teach_whole(student, q, k, v, key_mask, out)
             return out
+        if has_features(student):
+            self._teach_features(student, q, k, v, key_mask, out)
+            return out
         M, H, positions = k.shape[2], student.shape.num_heads, None
         if not student.shape.causal:
             positions = token_positions(key_mask, batch_size=k.shape[0], length=M, device=k.device)
@@ -200,6 +433,16 @@ class TransferLoss:
             self.total = self.total + total / (share * H)
             weights.backward(gradient.mul_(self.weight / (share * H)))  # type: ignore[no-untyped-call]
         return out
+
+    def _teach_features(
+        self, student: LinearAttention, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, out: Tensor
+    ) -> None:
+        H, (blocks, share) = student.shape.num_heads, self._blocks(student, q, k.shape[2])
+        with torch.autocast(q.device.type, enabled=False):
+            loss = _PairLoss(student, self.loss, q, k, v, key_mask, out)
+            for some in loss.cut(blocks):
+                self.total = self.total + loss.add(some, self.weight / (share * H)) / (share * H)
+            loss.finish(self.weight / (share * H))
 
     def _blocks(self, student: Attention, q: Tensor, num_keys: int) -> tuple[Sequence[_Block], float]:
         """The blocks that are taught at this call, and their share of all."""

@@ -8,6 +8,9 @@ Within a table a row is an attention's label, recipe and settings, and its runs 
 Settings that differ between rows stand in a column of their own, so nothing is averaged over them and nothing
 hides. A tuned learning rate is no setting: the validation split chose it.
 
+Where a profile (`hhbench profile --task` or `--model`) of the same task or host lies beside the results, from the same
+device and in the same precision, its speed stands in the rows too: that of one profile, the newest.
+
 A task that says so gets one more table, the average over its data sets, from the seeds that have all of them.
 """
 
@@ -19,10 +22,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Any, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 from hhbench.errors import unknown_name
 from hhbench.result import Result, key_of
+
+if TYPE_CHECKING:
+    from hhbench.profile.record import Profile
 
 AVERAGE: Final = "average"
 
@@ -76,7 +82,8 @@ class Row:
     """One attention: means over `n` seeds, and the sample standard deviation of the score.
 
     What no run has is None. `settings` are those in which the table's rows differ. `parts` are the means per
-    data set: one, or an average's.
+    data set: one, or an average's. What begins with `profiled` is of a profile, at its length nearest to the table's:
+    tokens a second of a training step, that as a multiple of softmax's, and milliseconds of one decoded token.
     """
 
     attention: str
@@ -99,6 +106,9 @@ class Row:
     state_bytes: int | None
     keys: tuple[str, ...]
     parts: tuple[float, ...]
+    profiled_tokens_per_s: float | None = None
+    profiled_times_softmax: float | None = None
+    profiled_token_ms: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,10 +146,13 @@ def percent_of_teacher(scores: Sequence[float], teachers: Sequence[float], *, hi
     return 100 * part / whole if whole else None
 
 
-def tables(results: Iterable[Result]) -> list[Table]:
+def tables(results: Iterable[Result], profiles: Sequence["Profile"] = ()) -> list[Table]:
     """Every table that the results make. Neither the order of the results nor that of their files matters.
 
     A key counts once, however often its file was copied.
+
+    Args:
+        profiles: the newest first; see `hhbench.profile.record.find`.
     """
     newest = {r.key: r for r in sorted(results, key=_age)}
     # From old to new again, so that the newest run of a seed counts, and the newest wording names a data set.
@@ -148,6 +161,7 @@ def tables(results: Iterable[Result]) -> list[Table]:
     averages = _averaged(groups)
     apart = _telling_apart([*groups, *(group for group, _ in averages)])
     made = [_data_set_table(group, members, apart[group]) for group, members in groups.items()]
+    made = [_with_profile(table, profiles) for table in made]
     made += [_average_table(group, suite, candidates, apart[group]) for (group, suite), candidates in averages.items()]
     places = {(r.task["name"], name): i for r in ordered for i, name in enumerate(r.task["suite"])}
     return sorted(made, key=lambda table: _place(table.group, places))
@@ -338,6 +352,52 @@ def _data_set_table(group: Group, members: Sequence[Result], apart: str) -> Tabl
         rows=_best_first(rows, group),
         parts=(),
         keys=frozenset(r.key for r in members),
+    )
+
+
+def _with_profile(table: Table, profiles: Sequence["Profile"]) -> Table:
+    """The table with the speed that a profile measured: of the same subject, device and precision, and of one alone."""
+    if table.measured is None:
+        return table  # several machines: no profile is of them all
+    dtype = _DTYPES.get(table.measured.precision)
+    for profile in profiles:
+        if profile.device != table.measured.device or not _is_of(profile, table.group):
+            continue
+        length = min(profile.ordered("length"), key=lambda n: abs(n - table.measured.length))  # type: ignore[union-attr]
+        rows = tuple(_profiled(row, profile, str(dtype), length) for row in table.rows)
+        if rows == table.rows:
+            continue
+        place = profile.environment
+        line = (
+            f"Profiled: {place['device']}, {_count(place['threads'], 'thread')}, {dtype}, length {length:,}, "
+            f"batch {profile.settings['batch_size'] or 'of the task'}, {profile.clock}; {profile.created[:10]}."
+        )
+        return dataclasses.replace(table, rows=rows, lines=(*table.lines, line))
+    return table
+
+
+_DTYPES: Final = {"32-true": "float32", "bf16-mixed": "bfloat16", "16-mixed": "float16"}
+
+
+def _is_of(profile: "Profile", group: Group) -> bool:
+    """Whether a profile is of a table's task with its host and data set, or of its host alone."""
+    facts = profile.subject["facts"]
+    if profile.settings["subject"] == "task":
+        known = profile.settings["task"], facts.get("host"), facts.get("dataset")
+        return known == (group.task, group.model, group.dataset)
+    return bool(profile.settings.get("model") == group.model)
+
+
+def _profiled(row: Row, profile: "Profile", dtype: str, length: int) -> Row:
+    """A row with what a profile says of its attention, in the version that the row has."""
+    step, token = (profile.find(row.attention, work, dtype, length) for work in ("train", "token"))
+    step, token = (cell if cell and cell.version == row.attention_version else None for cell in (step, token))
+    softmax = profile.find("softmax", "train", dtype, length)
+    return dataclasses.replace(
+        row,
+        profiled_tokens_per_s=step.tokens_per_s if step else None,
+        profiled_times_softmax=softmax.p50 / step.p50 if step and softmax and softmax.p50 and step.p50 else None,
+        profiled_token_ms=1000 * token.p50 if token and token.p50 else None,
     )
 
 
@@ -566,6 +626,9 @@ def _columns(table: Table) -> list[_Column]:
     add("tokens/s", lambda row: number(row.tokens_per_s, ",.0f"))
     add("peak memory (MB)", lambda row: number(row.peak_memory_mb, ",.0f"))
     add("state (bytes)", lambda row: number(row.state_bytes, ",.0f"), missing="none")
+    add("profiled tokens/s", lambda row: number(row.profiled_tokens_per_s, ",.0f"))
+    add("x softmax", lambda row: number(row.profiled_times_softmax, ".2f"))
+    add("ms/token", lambda row: number(row.profiled_token_ms, ".3g"))
     return columns
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from hhbench.state import DecodingState
 
@@ -66,10 +67,13 @@ class Sums:
     def add(self, keys: Keys) -> "Sums":
         """The sums after these keys."""
         if keys.log_scale is None:
+            if keys.features.shape[-2] == 1:  # a token that is decoded: one pass over the sums, no product of matrices
+                values = torch.addcmul(self.values, keys.features.mT, keys.values)
+                return Sums(values, self.keys + keys.features.squeeze(-2), self.log_max)
             return Sums(self.values + keys.features.mT @ keys.values, self.keys + keys.features.sum(-2), self.log_max)
         log_max = torch.maximum(self.log_max, keys.log_scale.amax(-1)).detach()
-        kept = (self.log_max - _finite(log_max)).exp()
-        features = keys.features * (keys.log_scale - _finite(log_max)[..., None]).exp()[..., None]
+        kept = (self.log_max - finite(log_max)).exp()
+        features = keys.features * (keys.log_scale - finite(log_max)[..., None]).exp()[..., None]
         return Sums(
             self.values * kept[..., None, None] + features.mT @ keys.values,
             self.keys * kept[..., None] + features.sum(-2),
@@ -77,7 +81,7 @@ class Sums:
         )
 
 
-def _finite(log_max: Tensor) -> Tensor:
+def finite(log_max: Tensor) -> Tensor:
     """0 where no key was seen yet, so that exp(-inf - log_max) is 0 and not NaN."""
     return log_max.masked_fill(log_max == -torch.inf, 0.0)
 
@@ -111,7 +115,7 @@ def quadratic_scores(queries: Tensor, keys: Keys, *, causal: bool) -> Tensor:
             top = keys.log_scale.cummax(-1).values[..., num_keys - num_queries :].detach()
         else:
             top = keys.log_scale.amax(-1, keepdim=True).detach().expand(*keys.log_scale.shape[:-1], num_queries)
-        scores = scores * _relative_scale(keys.log_scale, _finite(top))
+        scores = scores * _relative_scale(keys.log_scale, finite(top))
     return scores.tril(num_keys - num_queries) if causal else scores
 
 
@@ -122,34 +126,60 @@ def quadratic(queries: Tensor, keys: Keys, *, causal: bool) -> Tensor:
 
 
 def chunked(queries: Tensor, keys: Keys, sums: Sums | None, *, chunk_size: int = CHUNK) -> Tensor:
-    """The causal sum, quadratic within a chunk and by running sums across chunks: O(N) time and memory."""
+    """The causal sum, quadratic within a chunk and by running sums across chunks: O(N) time and memory.
+
+    All chunks at once, in a few large products, as accelerators want it (for CPUs see `hhbench.blockwise`). Where keys
+    have log scales, one chunk after the other: their running maximum is not known before.
+    """
+    if keys.log_scale is not None:
+        return _chunk_by_chunk(queries, keys, sums, chunk_size)
+    length = queries.shape[-2]
+    surplus = -length % chunk_size
+
+    def cut(x: Tensor) -> Tensor:
+        """[..., N, X] -> [..., chunks, chunk_size, X], filled up with zeros."""
+        x = pad(x, (0, 0, 0, surplus))
+        return x.view(*x.shape[:-2], -1, chunk_size, x.shape[-1])
+
+    q, features, values = cut(queries), cut(keys.features), cut(pad(keys.values, (0, 1), value=1.0))
+    start = empty_sums(keys) if sums is None else sums
+    first = torch.cat([start.values, start.keys[..., None]], dim=-1).unsqueeze(-3)
+    before = torch.cat([first, features[..., :-1, :, :].mT @ values[..., :-1, :, :]], dim=-3).cumsum(-3)
+    both = (q @ features.mT).tril() @ values + q @ before
+    both = both.flatten(-3, -2)[..., :length, :]
+    return divide(both[..., :-1], both[..., -1])
+
+
+def _chunk_by_chunk(queries: Tensor, keys: Keys, sums: Sums | None, chunk_size: int) -> Tensor:
+    """`chunked` for keys with log scales."""
     outputs = []
     num_tokens = queries.shape[-2]
     for start in range(0, num_tokens, chunk_size):
         tokens = slice(start, start + chunk_size)
         q, chunk = queries[..., tokens, :], keys[tokens]
-        scores = q @ chunk.features.mT
-        if chunk.log_scale is not None:
-            before = (
-                sums.log_max if sums is not None else chunk.log_scale.new_full(chunk.log_scale.shape[:-1], -torch.inf)
-            )
-            top = _finite(_running_max(chunk, before))
-            scores = scores * _relative_scale(chunk.log_scale, top)
-            q = q * (before[..., None] - top).exp()[..., None]
-        scores = scores.tril()
-        numerator, denominator = scores @ chunk.values, scores.sum(-1)
-        if sums is not None:
-            numerator = numerator + q @ sums.values
-            denominator = denominator + (q @ sums.keys[..., None]).squeeze(-1)
+        assert chunk.log_scale is not None
+        sums = empty_sums(chunk) if sums is None else sums
+        top = finite(_running_max(chunk, sums.log_max))
+        scores = ((q @ chunk.features.mT) * _relative_scale(chunk.log_scale, top)).tril()
+        q = q * (sums.log_max[..., None] - top).exp()[..., None]
+        numerator = scores @ chunk.values + q @ sums.values
+        denominator = scores.sum(-1) + (q @ sums.keys[..., None]).squeeze(-1)
         outputs.append(divide(numerator, denominator))
         if start + chunk_size < num_tokens:
-            sums = (sums or empty_sums(chunk)).add(chunk)
-    return torch.cat(outputs, dim=-2) if len(outputs) > 1 else outputs[0]
+            sums = sums.add(chunk)
+    return torch.cat(outputs, dim=-2)
 
 
-def recurrent(queries: Tensor, keys: Keys, sums: Sums | None) -> tuple[Tensor, Sums]:
-    """The causal sum one token at a time, as decoding does it, and the sums after the last token."""
+def recurrent(queries: Tensor, keys: Keys, sums: Sums | None, *, may_be_blind: bool = True) -> tuple[Tensor, Sums]:
+    """The causal sum one token at a time, as decoding does it, and the sums after the last token.
+
+    Args:
+        may_be_blind: whether a query may have no key to attend to.
+    """
     sums = sums or empty_sums(keys)
+    if queries.shape[-2] == 1 and not may_be_blind:  # each operation that is saved counts
+        sums = sums.add(keys)
+        return (queries @ sums.values) / (queries @ sums.keys[..., None]), sums
     outputs = []
     for i in range(queries.shape[-2]):
         token = slice(i, i + 1)

@@ -1,6 +1,7 @@
 """How a long stage shows that it lives: a bar on a terminal, a plain line now and then elsewhere."""
 
 import logging
+import math
 import sys
 import time
 from typing import Any
@@ -12,10 +13,12 @@ from rich.progress import Progress as Bar
 
 log = logging.getLogger("hhbench")
 SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_LOOKS = 0.1  # of a bar
 
 
 class Progress(Callback):
-    """Counts the optimizer steps of fitting, or the batches of a test.
+    """Counts the optimizer steps of fitting, or the batches of a test. Beside the bar stands what the stage has in
+    `shown`; it is read only when it is shown, as a GPU has to be waited for.
 
     Args:
         title: of the bar.
@@ -25,12 +28,12 @@ class Progress(Callback):
     def __init__(self, title: str, total: int) -> None:
         self.title, self.total = title, total
         self._bar: Bar | None = None
-        self._next_line = 0.0
+        self._next = math.inf  # when to show something
 
     def _start(self, trainer: Any) -> None:
-        self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
         if not trainer.is_global_zero:
             return
+        self._next = time.monotonic() + SECONDS_BETWEEN_LINES
         console = Console(file=sys.stderr)
         if console.is_terminal:
             self._bar = Bar(
@@ -44,16 +47,18 @@ class Progress(Callback):
             )
             self._bar.start()
             self._bar.add_task(self.title, total=self.total, note="")
+            self._next = 0.0
 
-    def _show(self, trainer: Any, done: int) -> None:
-        if not trainer.is_global_zero:
+    def _show(self, module: Any, done: int) -> None:
+        now = time.monotonic()
+        if now < self._next and not (self._bar is not None and done >= self.total):
             return
-        shown = {name.split("/")[-1]: float(v) for name, v in trainer.progress_bar_metrics.items()}
-        note = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        note = "  ".join(f"{name} {float(value):.4g}" for name, value in module.shown.items())
         if self._bar is not None:
+            self._next = now + SECONDS_BETWEEN_LOOKS
             self._bar.update(self._bar.task_ids[0], completed=done, note=note)
-        elif time.monotonic() >= self._next_line:
-            self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
+        else:
+            self._next = now + SECONDS_BETWEEN_LINES
             log.info("%s: %d/%d  %s", self.title, done, self.total, note)
 
     def _stop(self) -> None:
@@ -64,8 +69,8 @@ class Progress(Callback):
     def on_train_start(self, trainer: Any, *args: Any) -> None:
         self._start(trainer)
 
-    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-        self._show(trainer, trainer.global_step)
+    def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
+        self._show(module, trainer.global_step)
 
     def on_train_end(self, *args: Any) -> None:
         self._stop()
@@ -76,7 +81,7 @@ class Progress(Callback):
     def on_test_batch_end(
         self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
-        self._show(trainer, batch_idx + 1)
+        self._show(module, batch_idx + 1)
 
     def on_test_end(self, *args: Any) -> None:
         self._stop()

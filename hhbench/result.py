@@ -4,6 +4,7 @@ A file is a result if it is named `result.json` or ends in `.result.json`, where
 imports torch: two hundred results are read in a moment.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -214,11 +215,11 @@ class Result:
         schema = values.get("schema") if isinstance(values, Mapping) else None
         if schema != SCHEMA:
             raise HHBenchError(f"its schema is {schema!r}; this hhbench reads schema {SCHEMA}")
-        result: Result = _checked(values, cls, "")
+        result: Result = checked(values, cls, "")
         for name, kind in _GROUPING_SETTINGS.items():
             if name not in result.identity["settings"]:
                 raise HHBenchError(f"identity.settings.{name} is missing")
-            _checked(result.identity["settings"][name], kind, f"identity.settings.{name}")
+            checked(result.identity["settings"][name], kind, f"identity.settings.{name}")
         if (key := key_of(result.identity)) != result.key:
             raise HHBenchError(
                 f"its key {result.key} is not its identity's, {key}: it was changed after it was written"
@@ -370,6 +371,15 @@ def environment(*, device: str, world_size: int, threads: int, precision: str) -
     )
 
 
+def cpu_name() -> str:
+    """What this machine's CPU calls itself."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
 def _versions() -> dict[str, str]:
     versions: dict[str, str] = {}
     for package in _PACKAGES:
@@ -416,8 +426,13 @@ def _not_json(constant: str) -> None:
 _hints = functools.cache(get_type_hints)
 
 
-def _checked(value: Any, kind: Any, path: str) -> Any:
-    """A JSON value as what a type hint of the records above says, or an HHBenchError that names the field."""
+def checked(value: Any, kind: Any, path: str) -> Any:
+    """A JSON value as what a type hint of a record says, or an HHBenchError that names the field.
+
+    Args:
+        kind: a dataclass, a TypedDict, or what their fields may be.
+        path: of the value in the whole, by dots; empty for the whole.
+    """
     if kind is Any:
         return value
     if is_typeddict(kind) or dataclasses.is_dataclass(kind):
@@ -426,15 +441,15 @@ def _checked(value: Any, kind: Any, path: str) -> Any:
         for name in sorted(fields.keys() ^ found.keys()):
             if not hasattr(kind, name):  # a field with a default is newer than some records
                 raise HHBenchError(f"{_join(path, name)} is {'missing' if name in fields else 'an unknown field'}")
-        return kind(**{n: _checked(found[n], hint, _join(path, n)) for n, hint in fields.items() if n in found})
+        return kind(**{n: checked(found[n], hint, _join(path, n)) for n, hint in fields.items() if n in found})
     if get_origin(kind) is types.UnionType:  # the only unions here are X | None
-        return None if value is None else _checked(value, get_args(kind)[0], path)
+        return None if value is None else checked(value, get_args(kind)[0], path)
     if get_origin(kind) is list:
         items = _of_type(value, list, "a list", path)
-        return [_checked(item, get_args(kind)[0], f"{path}[{i}]") for i, item in enumerate(items)]
+        return [checked(item, get_args(kind)[0], f"{path}[{i}]") for i, item in enumerate(items)]
     if get_origin(kind) is dict:
         found = _of_type(value, dict, "an object", path)
-        return {name: _checked(item, get_args(kind)[1], _join(path, name)) for name, item in found.items()}
+        return {name: checked(item, get_args(kind)[1], _join(path, name)) for name, item in found.items()}
     if kind is float:
         number = float(_of_type(value, (int, float), "a number", path))
         if not math.isfinite(number):

@@ -23,7 +23,7 @@ from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning
 import numpy as np
@@ -80,6 +80,22 @@ def expand(config: RunConfig) -> list[RunConfig]:
         return [config]
     task = TASKS.get(config.task).build()
     return [dataclasses.replace(config, dataset=name) for name in task.suites[config.preset]]
+
+
+class Tested(NamedTuple):
+    """What a test found.
+
+    Attributes:
+        value: the score.
+        metrics: all of them.
+        scores: of every test example, counted through all test sets.
+        num_examples: their number.
+    """
+
+    value: float
+    metrics: dict[str, float]
+    scores: dict[int, float]
+    num_examples: int
 
 
 @dataclass(frozen=True)
@@ -390,16 +406,17 @@ class _Run:
             )
         self.host_params, self.params_added = before, _count(model) - before
         log.info("%s adds %s parameters to %s", plan.label, f"{self.params_added:,}", f"{before:,}")
-        if plan.converts:
-            self._after_the_swap(model)
-        if plan.trains:
-            self.tuning = self._train(model)
-        value, metrics, scores, num_examples = self._test(model, "test")
+        # Where the last stage was tested there is nothing to test again.
+        tested = self._after_the_swap(model) if plan.converts else None
+        if plan.trains or tested is None:
+            if plan.trains:
+                self.tuning = self._train(model)
+            tested = self._test(model, "test")
         if self.fidelity is not None:
             self.fidelity["floored_rows"] = sum(int(counter) for counter in _floored(model))
             if self.fidelity["floored_rows"]:
                 log.info("%d rows of features lay at the floor in the test", self.fidelity["floored_rows"])
-        made = self._record(model, value, metrics, num_examples)
+        made = self._record(model, tested)
         if rank() == 0:
             Result.from_dict(made.as_dict())  # a score that is no number leaves no model either
             if self.model_folder is not None:
@@ -409,11 +426,11 @@ class _Run:
                     notes={"run": self._notes(made)},
                     processor=self.data.facts.get("processor"),
                 )
-            order = sorted(scores)
+            order = sorted(tested.scores)
             np.savez_compressed(
                 self.folder / "examples.npz",
                 index=np.array(order, dtype=np.int32),
-                score=np.array([scores[i] for i in order], dtype=np.float32),
+                score=np.array([tested.scores[i] for i in order], dtype=np.float32),
             )
         return made
 
@@ -447,24 +464,34 @@ class _Run:
         given = {name: getattr(c, name) for name, known in named.items() if getattr(c, name) not in (None, *known)}
         return {name: str(Path(path).absolute()) for name, path in given.items() if Path(path).exists()}
 
-    def _after_the_swap(self, model: nn.Module) -> None:
-        """Measure what the swap left, teach the maps if the recipe says so, and measure again."""
+    def _after_the_swap(self, model: nn.Module) -> Tested | None:
+        """Measure what the swap left, teach the maps if the recipe says so, and measure again. What the last test
+        found, if the model is as it was then.
+        """
         if all(placement.is_softmax for placement in hosts.placements(model)):
             self.after_swap = self.teacher["score"] if self.teacher else None
-            return
+            return None
         # A classifier that was only pretrained has a head of random weights: its score would mean nothing.
         scorable = self.config.regime == "finetuned-conversion" or self.task.scores_pretrained or not self.task.scored
+
+        def test(title: str) -> Tested | None:
+            return self._test(model, title) if scorable else None
+
+        def score(tested: Tested | None) -> float | None:
+            return None if tested is None else tested.value
+
         self.fidelity = self._fidelity_before(model)
-        if scorable:
-            self.after_swap = self._test(model, "test after the swap")[0]
+        tested = test("test after the swap")
+        self.after_swap = score(tested)
         if self.plan.transfers and self.params_added:
             self._transfer(model)
             self._fidelity_after(model, self.fidelity)
-            if scorable:
-                self.after_transfer = self._test(model, "test after transfer")[0]
+            tested = test("test after transfer")
+            self.after_transfer = score(tested)
             if self.plan.chooses:
-                score = (lambda: self._test(model, "test with layers kept")[0]) if scorable else (lambda: None)
-                self._choose_layers(model, score)
+                self._choose_layers(model, lambda: score(test("test with layers kept")))
+                return None
+        return tested
 
     def _choose_layers(self, model: nn.Module, score: Callable[[], float | None]) -> None:
         """Give the layers that transfer taught least their softmax back."""
@@ -490,7 +517,7 @@ class _Run:
         models.check_finite(model)
         if c.regime == "pretrained-conversion" and self.task.scores_pretrained:
             hosts.convert(model, "softmax")
-            score = self._test(model, "test the pretrained model")[0]
+            score = self._test(model, "test the pretrained model").value
             self.teacher = Teacher(key=result.key_of(self.weights), score=score)
         return model
 
@@ -519,7 +546,7 @@ class _Run:
         schedule = self._schedule(float(c.teacher_lr or 0), float(c.teacher_epochs or 0))
         stage = TrainStage(self.task, model, self.data, c, schedule)
         report = self._fit(stage, folder, "train the teacher", seed=c.teacher_seed)
-        score = self._test(model, "test the teacher")[0]
+        score = self._test(model, "test the teacher").value
         if rank() == 0:
             notes = {
                 "key": key, "identity": identity, "score": score, "score_name": stage.score_name,
@@ -618,8 +645,7 @@ class _Run:
 
     # ---- measuring ---------------------------------------------------------------------------------------------
 
-    def _test(self, model: nn.Module, title: str) -> tuple[float, dict[str, float], dict[int, float], int]:
-        """The score, all metrics, the score of every test example, counted through all test sets, and their number."""
+    def _test(self, model: nn.Module, title: str) -> Tested:
         c = self.config
         model.eval()
         for counter in _floored(model):
@@ -628,7 +654,7 @@ class _Run:
             (split,) = self.data.tests.values()
             layers = self._measure_fidelity(model, split).values()
             value = fmean(kl for kl, _, _ in layers) if layers else 0.0  # all of them are softmax
-            return value, {self.task.dataset(str(c.dataset)).score: value}, {}, len(split)
+            return Tested(value, {self.task.dataset(str(c.dataset)).score: value}, {}, len(split))
         stage = TrainStage(self.task, model, self.data, c, self._schedule(1.0, 0))
         metrics: dict[str, float] = {}
         scores: dict[int, float] = {}
@@ -640,7 +666,7 @@ class _Run:
             metrics |= {f"{prefix}{metric}": value for metric, value in found.items()}
             scores |= {len(scores) + index: score for index, score in per_example.items()}
         value = fmean(values)
-        return value, metrics | {stage.score_name: value}, scores, len(scores)
+        return Tested(value, metrics | {stage.score_name: value}, scores, len(scores))
 
     @property
     def _fidelity_split(self) -> Split:
@@ -694,7 +720,7 @@ class _Run:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + report.seconds
         self.tokens += report.tokens
 
-    def _record(self, model: nn.Module, value: float, metrics: dict[str, float], num_examples: int) -> Result:
+    def _record(self, model: nn.Module, tested: Tested) -> Result:
         c, task, spec = self.config, self.task, self.plan.spec
         data = task.dataset(str(c.dataset))
         hosted = hosts.attentions(model)
@@ -722,8 +748,8 @@ class _Run:
                 "title": data.title,
                 "average": task.average,
             },
-            score=Score(data.score, value, data.higher_is_better, num_examples),
-            metrics=metrics,
+            score=Score(data.score, tested.value, data.higher_is_better, tested.num_examples),
+            metrics=tested.metrics,
             teacher=self.teacher,
             after_swap=self.after_swap,
             after_transfer=self.after_transfer,

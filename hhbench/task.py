@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
@@ -193,14 +194,15 @@ def register_task(cls: TaskT) -> TaskT:
     return cls
 
 
-def padded(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
-    """Right-padded int64 [B, N], N the longest of the batch."""
-    return nn.utils.rnn.pad_sequence(
-        [torch.tensor(s, dtype=torch.long) for s in sequences], batch_first=True, padding_value=value
-    )
+def padded(sequences: Sequence[Any], value: int) -> Tensor:
+    """Sequences of integers, lists or arrays, right-padded: int64 [B, N], N the longest of the batch."""
+    rows = np.full((len(sequences), max(map(len, sequences))), value, np.int64)
+    for row, sequence in zip(rows, sequences, strict=True):
+        row[: len(sequence)] = sequence
+    return torch.from_numpy(rows)
 
 
-def key_mask_of(sequences: Sequence[Sequence[int]]) -> Tensor:
+def key_mask_of(sequences: Sequence[Any]) -> Tensor:
     """bool [B, N], True where `padded` put a token."""
     lengths = torch.tensor([len(s) for s in sequences])
     return torch.arange(int(lengths.max()))[None, :] < lengths[:, None]

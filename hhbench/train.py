@@ -5,18 +5,20 @@ of the same seeded order: two processes take the step that one would.
 """
 
 import contextlib
+import functools
 import inspect
 import logging
 import math
 import time
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
@@ -37,6 +39,9 @@ from hhbench.task import Batch, Example, Split, Task, TaskData
 log = logging.getLogger("hhbench")
 
 SECONDS_BETWEEN_CHECKPOINTS = 300.0  # what a machine that dies takes with it, at most
+# Padded tokens of an evaluation's batch, at most. A GPU that has no room for so many takes halves of them; a CPU gains
+# nothing from more than its caches hold.
+EVALUATED_TOKENS = {"cpu": 2048, "cuda": 2**17}
 
 
 # ---- ranks -----------------------------------------------------------------------------------------------------
@@ -76,15 +81,16 @@ class Batches(Sampler[list[int]]):
 
     Args:
         lengths: of the examples, in tokens.
-        batch_size: examples per global batch (train) or per batch (test).
-        seed: None keeps the order by length: testing.
+        size: of a global batch: of training in examples, of testing in padded tokens, at most, and one example at
+            least.
+        seed: None orders by length, the longest first: testing. What needs most memory is tried at once.
         divide: the number of equal parts that a rank's share is cut into, for gradient accumulation.
     """
 
     POOL = 50  # batches whose examples are sorted by length together
 
-    def __init__(self, lengths: list[int], batch_size: int, *, seed: int | None, divide: int = 1) -> None:
-        self.lengths, self.batch_size, self.seed, self.divide = lengths, batch_size, seed, divide
+    def __init__(self, lengths: Sequence[int], size: int, *, seed: int | None, divide: int = 1) -> None:
+        self.lengths, self.size, self.seed, self.divide = np.asarray(lengths), size, seed, divide
         self.epoch = 0
         self.taken: dict[int, int] = {}  # by epoch, the batches that an interrupted run took of it
 
@@ -97,20 +103,33 @@ class Batches(Sampler[list[int]]):
         self.epoch = epoch
 
     def global_batches(self) -> list[list[int]]:
-        if self.seed is None:
-            indices = sorted(range(len(self.lengths)), key=lambda i: self.lengths[i])
-            size = min(self.batch_size, max(1, len(indices) // world_size()))  # Lightning wants a batch on every rank
-            return [indices[i : i + size] for i in range(0, len(indices), size)]
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        size = self.batch_size * self.POOL
+        return self._by_length() if self.seed is None else self._shuffled(self.seed)
+
+    def _by_length(self) -> list[list[int]]:
+        order = np.argsort(-self.lengths, kind="stable")
+        most = max(1, len(order) // world_size())  # Lightning wants a batch on every rank
+        batches, start = [], 0
+        while start < len(order):
+            count = min(most, max(1, self.size // max(1, int(self.lengths[order[start]]))))
+            batches.append(order[start : start + count].tolist())
+            start += count
+        return batches
+
+    def _shuffled(self, seed: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).numpy()
         batches = []
-        for start in range(0, len(order), size):
-            pool = sorted(order[start : start + size], key=lambda i: self.lengths[i])
-            batches += [pool[i : i + self.batch_size] for i in range(0, len(pool), self.batch_size)]
-        if len(batches) > 1 and len(batches[-1]) < world_size() * self.divide:
-            batches.pop()
+        for start in range(0, len(order), self.size * self.POOL):
+            pool = order[start : start + self.size * self.POOL]
+            pool = pool[np.argsort(self.lengths[pool], kind="stable")].tolist()
+            batches += [pool[i : i + self.size] for i in range(0, len(pool), self.size)]
+        del batches[self._num_shuffled() :]
         return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+
+    def _num_shuffled(self) -> int:
+        """How many batches an epoch of training has: the last one must have an example for every part."""
+        whole, rest = divmod(len(self.lengths), self.size)
+        return whole + (rest >= (world_size() * self.divide if whole else 1))
 
     def __iter__(self) -> Iterator[list[int]]:
         batches = self.global_batches()
@@ -122,15 +141,16 @@ class Batches(Sampler[list[int]]):
         yield from parts[self.taken.get(self.epoch, 0) :]
 
     def __len__(self) -> int:
-        batches = len(self.global_batches())
-        return math.ceil((batches - rank()) / world_size()) if self.seed is None else batches * self.divide
+        if self.seed is None:
+            return math.ceil((len(self._by_length()) - rank()) / world_size())
+        return self._num_shuffled() * self.divide
 
 
 def loader(split: Split, data: TaskData, config: RunConfig, *, train: bool, seed: int = 0) -> "DataLoader[Example]":
     """Batches of a split, each with the "index" of its examples."""
     batches = Batches(
-        list(split.lengths),
-        int(config.batch_size or 1) if train else _test_batch_size(config),
+        split.lengths,
+        int(config.batch_size or 1) if train else _evaluated_tokens(split, config),
         seed=seed if train else None,
         divide=_accumulation(config) if train else 1,
     )
@@ -145,6 +165,7 @@ def loader(split: Split, data: TaskData, config: RunConfig, *, train: bool, seed
         collate_fn=collate,
         num_workers=config.workers,
         persistent_workers=config.workers > 0,
+        pin_memory=_on_cuda(config),
     )
 
 
@@ -159,8 +180,16 @@ class _Indexed(torch.utils.data.Dataset[tuple[int, Example]]):
         return len(self.split)
 
 
-def _test_batch_size(config: RunConfig) -> int:
-    return 4 * (config.micro_batch_size or int(config.batch_size or 1))
+def _on_cuda(config: RunConfig) -> bool:
+    return config.accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available()
+
+
+def _evaluated_tokens(split: Split, config: RunConfig) -> int:
+    """Padded tokens of an evaluation's batch, at most. Without a graph four times `micro_batch_size` fit."""
+    most = EVALUATED_TOKENS["cuda" if _on_cuda(config) else "cpu"]
+    if config.micro_batch_size is None:
+        return most
+    return min(most, 4 * config.micro_batch_size * max(split.lengths, default=1))
 
 
 def _accumulation(config: RunConfig) -> int:
@@ -227,7 +256,24 @@ class _Stage(lightning.LightningModule):
         super().__init__()
         self.model, self.schedule = model, schedule
         self.tokens = 0  # attended tokens that this rank trained on
+        self.accumulation = 1  # forward passes per step
+        self.steps_between_points = 1  # of the curves
+        self.shown: dict[str, Tensor] = {}  # beside the progress bar
         self.strict_loading = False  # checkpoints lack what is frozen; `check` sees to it that they lack nothing else
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """On a CPU it is where it should be. Lightning would search all of it for what it could move."""
+        return batch if device.type == "cpu" else super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+    def note(self, name: str, loss: Tensor, batch_idx: int) -> None:
+        """Show a loss in the progress bar, and now and then write it to the curves. Lightning's own `log` does that and
+        far more, in a millisecond of every step.
+        """
+        self.shown = {"loss": loss}
+        if (batch_idx + 1) % self.accumulation or (self.global_step + 1) % self.steps_between_points:
+            return
+        for logger in self.loggers:
+            logger.log_metrics({name: float(loss), "epoch": self.current_epoch}, step=self.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         changed = self._changed_names()
@@ -286,6 +332,7 @@ class TrainStage(_Stage):
         self.score_name = task.dataset(str(config.dataset)).score
         self.metrics: dict[str, float] = {}
         self.scores: dict[int, float] = {}
+        self.affordable = math.inf  # tokens of a batch that evaluation has memory for
 
     def trained(self) -> list[dict[str, Any]]:
         return parameter_groups(self.model, self.model.parameters(), self.schedule)
@@ -302,7 +349,7 @@ class TrainStage(_Stage):
             raise HHBenchError(
                 f"the loss is {float(loss.detach())} at step {self.global_step}: try a lower --lr or precision 32-true"
             )
-        self.log("train/loss", loss.detach(), prog_bar=True)
+        self.note("train/loss", loss.detach(), batch_idx)
         return loss
 
     def _start(self) -> None:
@@ -310,9 +357,30 @@ class TrainStage(_Stage):
         self.scores = {}
 
     def _evaluate(self, batch: Batch) -> None:
-        out = self.task.step(self.model, batch)
+        """Measure a batch. One that a GPU has no memory for is measured in halves, and so are all as large after it."""
+        index: Tensor = batch["index"]
+        out, tokens = None, attended_tokens(batch)
+        if tokens <= self.affordable:
+            try:
+                out = self.task.step(self.model, batch)
+            except torch.OutOfMemoryError:
+                if len(index) == 1:
+                    raise
+                self.affordable = tokens / 2
+        if out is None:  # only here has the exception let go of what its frames held
+            torch.cuda.empty_cache()
+            for half in index.chunk(2):
+                self._evaluate(self._collated(half.tolist()))
+            return
         self.measures.update(*out.metric_inputs)
-        self.scores.update(zip(batch["index"].tolist(), out.scores.tolist(), strict=True))
+        self.scores.update(zip(index.tolist(), out.scores.tolist(), strict=True))
+
+    def _collated(self, indices: list[int]) -> Batch:
+        """The batch of some examples of the split that is evaluated."""
+        batches: Any = self.trainer.test_dataloaders if self.trainer.testing else self.trainer.val_dataloaders
+        batch = batches.collate_fn([batches.dataset[i] for i in indices])
+        on_device: Batch = self.trainer.strategy.batch_to_device(self.trainer.precision_plugin.convert_input(batch))
+        return on_device
 
     def _finish(self, stage: str) -> None:
         self.metrics = {name: float(value) for name, value in self.measures.compute().items()}
@@ -360,7 +428,6 @@ class TransferStage(_Stage):
         self.taught = [name for name, s in hosted if any(p.requires_grad for p in s.attention.parameters())]
         if not self.taught:
             raise HHBenchError("no layer has anything to learn by attention transfer: leave the transfer stage out")
-        self.accumulation = 1  # forward passes per step; Lightning counts them for automatic optimization only
 
     def trained(self) -> list[dict[str, Any]]:
         return parameter_groups(self.model, attention_parameters(self.model), self.schedule)
@@ -390,7 +457,7 @@ class TransferStage(_Stage):
                 f"the transfer loss is {float(total)} at step {self.global_step}: try a lower --transfer-lr or "
                 "precision 32-true"
             )
-        self.log("transfer/loss", total, prog_bar=True)
+        self.note("transfer/loss", total, batch_idx)
         if (batch_idx + 1) % self.accumulation:
             return
         parameters = attention_parameters(self.model)
@@ -412,8 +479,12 @@ def encode(model: nn.Module, inputs: Batch) -> None:
         model.forward_features(**inputs)  # type: ignore[operator]
         return
     base = getattr(model, "base_model", model)
-    cached = "use_cache" in inspect.signature(base.forward).parameters
-    base(**(inputs | ({"use_cache": False} if cached else {})))
+    base(**(inputs | ({"use_cache": False} if "use_cache" in _parameters(type(base).forward) else {})))
+
+
+@functools.cache
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def attended_tokens(batch: Batch) -> int:
@@ -546,7 +617,8 @@ class _Checkpoints(Callback):
 
 
 def _generators() -> dict[str, Tensor]:
-    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    asked = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # `is_available` would ask the driver
+    cuda = {"cuda": torch.cuda.get_rng_state()} if asked else {}
     return {"cpu": torch.get_rng_state(), **cuda}
 
 
@@ -589,8 +661,7 @@ def fit(
     # One validation per begun epoch, the last one at the very end.
     validations = math.ceil(stage.schedule.epochs)
     steps = validations * math.ceil(steps / validations)
-    if isinstance(stage, TransferStage):
-        stage.accumulation = batches_per_step
+    stage.accumulation, stage.steps_between_points = batches_per_step, max(1, min(50, steps // 10))
     last = folder / "last.ckpt"
     clock = _Clock()
     callbacks: list[Callback] = [Progress(title, steps), clock, _Checkpoints(last, batches_per_step)]
@@ -619,7 +690,7 @@ def fit(
             callbacks=callbacks,
             logger=_logger(config, folder),
             enable_checkpointing=True,
-            log_every_n_steps=max(1, min(50, steps // 10)),
+            log_every_n_steps=stage.steps_between_points,
         )
         resume = str(last) if config.resume and last.exists() else None
         if resume:

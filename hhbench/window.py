@@ -32,6 +32,19 @@ def far(distance: Tensor, window: int, *, causal: bool) -> Tensor:
     return (distance if causal else distance.abs()) >= window
 
 
+def num_pairs(num_queries: int, num_keys: int, *, causal: bool, window: int | None = None) -> int:
+    """Pairs of a query and a key that may meet: the last `num_queries` of `num_keys` tokens, nearer than a window."""
+    window = num_keys if window is None else window
+
+    def up_to(tokens: int) -> int:
+        """Pairs of the first tokens with themselves and those before them."""
+        few = min(tokens, window)
+        return few * (few + 1) // 2 + (tokens - few) * window
+
+    past = up_to(num_keys) - up_to(num_keys - num_queries)
+    return past if causal else past + up_to(num_queries) - num_queries
+
+
 def _places(
     key_mask: Tensor | None, *, causal: bool, num_queries: int, num_keys: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:

@@ -281,6 +281,7 @@ def _load(name: str, folder: Path | None, *, user: bool) -> _Texts:
     return _glue(name, folder)
 
 
+@cache
 def _movie_reviews() -> _Texts:
     """Snippets that their raters lean on: a mean rating above 0.5 or below -0.5. No official split: one seed's."""
     archive = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -297,6 +298,7 @@ def _movie_reviews() -> _Texts:
     return _Texts(rows[2500:], rows[2000:2500], {"test": rows[:2000]}, 2, {MOVIE_REVIEWS.name: MOVIE_REVIEWS.sha256})
 
 
+@cache
 def _snli() -> _Texts:
     """The official test set; validation is held out of the training pairs by premise, each of which has three."""
 

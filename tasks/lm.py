@@ -5,14 +5,16 @@ trained on the training articles alone, and a small GPT-2; a pretrained-conversi
 their place. The paper preset is WikiText-103 on GPT-2 (125M).
 """
 
+import logging
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -23,7 +25,9 @@ from hhbench import data, hosts, models, pretrained
 from hhbench.config import RunConfig
 from hhbench.data import PackageFile
 from hhbench.errors import DataError, UsageError
-from hhbench.task import Batch, Dataset, Example, Split, StepOutput, Task, TaskData, register_task
+from hhbench.task import Batch, Dataset, Example, Split, StepOutput, Task, TaskData, key_mask_of, padded, register_task
+
+log = logging.getLogger("hhbench")
 
 WIKIPEDIA = PackageFile(
     name="wikipedia",
@@ -147,11 +151,11 @@ class LanguageModelling(Task):
             processor = models.tokenizer(str(config.model))
             tokenizer = processor.backend_tokenizer
         length = int(config.max_len or 0)
-        train = _windows(texts.train, tokenizer, length, whole=True).first(int(config.train_examples or 0))
+        train = _windows(texts.train, tokenizer, length, whole=True, limit=int(config.train_examples or 0))
         if not len(train):
             raise DataError(f"{config.dataset} is shorter than one window of {length} tokens: lower --max-len")
         limit = int(config.test_examples or 0)
-        validation, test = (_windows(text, tokenizer, length).first(limit) for text in (texts.validation, texts.test))
+        validation, test = (_windows(text, tokenizer, length, limit=limit) for text in (texts.validation, texts.test))
         if not (len(validation) and len(test)):
             raise DataError(f"{config.dataset} has no text to {'test' if len(validation) else 'validate'} on")
         return TaskData(
@@ -193,7 +197,9 @@ class LanguageModelling(Task):
     def step(self, model: nn.Module, batch: Batch) -> StepOutput:
         logits: Tensor = model(**batch["inputs"]).logits.float()
         targets = batch["labels"]
-        losses = cross_entropy(logits.transpose(1, 2), targets, ignore_index=NO_TARGET, reduction="none")
+        # Flattened: across the vocabulary of [B, V, N] the loss would take several times as long.
+        losses = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=NO_TARGET, reduction="none")
+        losses = losses.view_as(targets)
         count = (targets != NO_TARGET).sum()
         per_window = losses.detach().sum(-1)
         return StepOutput(losses.sum(), int(count), (per_window.sum(), count, batch["num_words"]), per_window)
@@ -300,41 +306,120 @@ def _users(path: Path) -> Texts:
 VOCAB = 512  # small, so that a few minutes suffice to get past the frequencies of tokens
 
 
+# Texts shorter than this, in characters, are tokenised sooner than they would be read from the cache.
+CACHED_CHARACTERS = 100_000
+CACHE_VERSION = 1  # raised whenever what is kept there changes
+
+
 @cache
 def _bpe(text: str) -> Any:
     """A byte-level BPE of the training text. The same text gives the same tokenizer."""
-    from tokenizers import ByteLevelBPETokenizer
+    import tokenizers
 
-    tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(text.splitlines(keepends=True), vocab_size=VOCAB, show_progress=False)
-    return tokenizer
+    def train() -> str:
+        tokenizer = tokenizers.ByteLevelBPETokenizer()
+        tokenizer.train_from_iterator(text.splitlines(keepends=True), vocab_size=VOCAB, show_progress=False)
+        made: str = tokenizer.to_str()
+        return made
+
+    def make(folder: Path) -> None:
+        (folder / "tokenizer.json").write_text(train(), encoding="utf-8")
+
+    name = data.hash_text(f"{CACHE_VERSION} {VOCAB} {tokenizers.__version__} {data.hash_text(text)}")
+    made = _made(f"bpe-{name[:16]}", text, make)
+    return tokenizers.Tokenizer.from_str(
+        train() if made is None else (made / "tokenizer.json").read_text(encoding="utf-8")
+    )
 
 
-def _windows(text: str, tokenizer: Any, length: int, *, whole: bool = False) -> Split:
-    """Windows (tokens, targets, words): `length` inputs and the tokens that follow them.
+def _made(name: str, text: str, make: Callable[[Path], None]) -> Path | None:
+    """What was made of a text, in a folder of the cache; None where it is short, or the cache can't be written."""
+    if len(text) < CACHED_CHARACTERS:
+        return None
+    try:
+        return data.made_folder(name, make)
+    except DataError as error:
+        log.info("%s: going on without", error)
+        return None
 
-    A word belongs to the token in which it starts. `whole` leaves out the last, shorter window.
+
+@dataclass(frozen=True)
+class Stream:
+    """A text in tokens.
+
+    Attributes:
+        tokens: int32 [N].
+        words: int64 [N + 1]: how many whitespace-separated words start before each token, and in the end all. A word
+            belongs to the token in which it starts.
     """
-    encoded = tokenizer.encode(text)
-    ids, starts = encoded.ids, [start for start, _ in encoded.offsets]
-    words = [0] * len(ids)
-    token = 0
-    for match in re.finditer(r"\S+", text):
-        while token + 1 < len(ids) and starts[token + 1] <= match.start():
-            token += 1
-        words[token] += 1
-    examples = []
-    for start in range(0, len(ids) - 1, length):
-        window = ids[start : start + length + 1]
-        if whole and len(window) <= length:
-            break
-        examples.append((window[:-1], window[1:], sum(words[start + 1 : start + len(window)])))
-    return Split(examples, [len(tokens) for tokens, _, _ in examples])  # type: ignore[arg-type]
+
+    tokens: Any
+    words: Any
+
+
+def stream_of(text: str, tokenizer: Any, *, special: bool = True) -> Stream:
+    """A text in tokens: one that isn't short is tokenised once, and from then on mapped into memory from the cache.
+
+    Args:
+        tokenizer: of the package tokenizers.
+        special: put in what the tokenizer puts around a text.
+    """
+
+    def make(folder: Path) -> None:
+        made = _encoded(text, tokenizer, special=special)
+        np.save(folder / "tokens.npy", made.tokens)
+        np.save(folder / "words.npy", made.words)
+
+    name = data.hash_text(f"{CACHE_VERSION} {special} {data.hash_text(text)} {data.hash_text(tokenizer.to_str())}")
+    folder = _made(f"tokens-{name[:16]}", text, make)
+    if folder is None:
+        return _encoded(text, tokenizer, special=special)
+    return Stream(*(np.load(folder / f"{part}.npy", mmap_mode="r") for part in ("tokens", "words")))
+
+
+def _encoded(text: str, tokenizer: Any, *, special: bool) -> Stream:
+    encoded = tokenizer.encode(text, add_special_tokens=special)
+    starts = np.array([start for start, _ in encoded.offsets], np.int64)
+    words = np.array([match.start() for match in re.finditer(r"\S+", text)], np.int64)
+    owners = np.searchsorted(starts, words, side="right") - 1  # of tokens that start together the last
+    counts = np.bincount(owners.clip(0), minlength=len(starts))
+    return Stream(np.array(encoded.ids, np.int32), np.concatenate([[0], counts.cumsum()]))
+
+
+class Windows(Sequence[Example]):
+    """Windows of a stream that don't overlap: (tokens, targets, words), `length` inputs and the tokens that follow.
+
+    They are cut when they are asked for. The last one may be shorter.
+    """
+
+    def __init__(self, stream: Stream, length: int, count: int) -> None:
+        self.stream, self.length, self._count = stream, length, count
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self._count))]
+        if not -self._count <= index < self._count:
+            raise IndexError(index)
+        start = index % self._count * self.length
+        window = self.stream.tokens[start : start + self.length + 1]
+        words = self.stream.words[start + len(window)] - self.stream.words[start + 1]
+        return window[:-1], window[1:], int(words)
+
+    def __len__(self) -> int:
+        return self._count
+
+
+def _windows(text: str, tokenizer: Any, length: int, *, whole: bool = False, limit: int = 0) -> Split:
+    """At most `limit` windows, 0 for all. `whole` leaves out the last, shorter one."""
+    stream = stream_of(text, tokenizer)
+    predicted = len(stream.tokens) - 1
+    count = max(0, predicted // length if whole else -(-predicted // length))
+    count = min(count, limit or count)
+    lengths = [min(length, predicted - i * length) for i in range(count)]
+    return Split(Windows(stream, length, count), lengths)
 
 
 def _collate(examples: Sequence[Example]) -> Batch:
-    from hhbench.task import key_mask_of, padded
-
     tokens, targets, words = zip(*examples, strict=True)
     mask = key_mask_of(tokens)
     inputs = {"input_ids": padded(tokens, 0), "position_ids": hosts.position_ids(mask), "use_cache": False}

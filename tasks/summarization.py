@@ -177,9 +177,11 @@ class Summarization(Task):
         # Logits of the prompts' positions are never looked at. Some prompt of the batch is its shortest.
         width = labels.shape[1] - int(answers.any(0).int().argmax())
         logits: Tensor = model(**batch["inputs"], logits_to_keep=width).logits.float()
+        # Flattened: across the vocabulary of [B, V, N] the loss would take several times as long.
         losses = cross_entropy(
-            logits.transpose(1, 2), labels[:, -width:], ignore_index=NO_TARGET, reduction="none"
-        ).sum(-1)
+            logits.flatten(0, 1), labels[:, -width:].flatten(), ignore_index=NO_TARGET, reduction="none"
+        )
+        losses = losses.view(len(labels), -1).sum(-1)
         counts = answers.sum(-1)
         if model.training:
             return StepOutput(losses.sum(), int(counts.sum()), (), losses.detach())

@@ -108,7 +108,7 @@ def _text(config: RunConfig) -> TaskData:
         raise UsageError(f"--max-len {config.max_len} leaves no room for text")
 
     def split(text: str, limit: int | None) -> Split:
-        ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        ids = lm.stream_of(text, tokenizer.backend_tokenizer, special=False).tokens.tolist()
         windows = [[*ends[0], *ids[i : i + length], *ends[1]] for i in range(0, len(ids), length)]
         examples = [{"input_ids": window} for window in windows[: limit or None]]
         return Split(examples, [len(example["input_ids"]) for example in examples])

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from hhbench.attention import (
     ATTENTIONS,
     Attention,
     AttentionSpec,
+    LinearAttention,
     build_attention,
     check_inputs,
     repeat_heads,
@@ -122,6 +124,43 @@ def test_a_key_mask_that_doesn_t_fit_is_refused(case, mask):
     if case.has_weights:
         with pytest.raises(UsageError, match="key_mask must be bool"):
             module.weights(*inputs[:2], key_mask=mask)
+
+
+@every_case
+def test_flops_are_stated_and_grow_as_the_cost_says(case):
+    """With the batch in a straight line: what sequences share counts once. With the tokens as N, N log N or N^2."""
+    case = case.at(head_dim=16, max_len=2**17)
+    shape = case.at(max_len=64).shape  # as many positions as are learned; flops asks for none
+    module = case.spec.build(shape, **case.options)
+    one, two, three = (module.flops(500, 500, batch_size=size) for size in (1, 2, 3))
+    assert all(isinstance(flops, int) for flops in (one, two, three))
+    assert 0 < two - one <= one
+    assert abs((three - two) - (two - one)) <= 1
+    growth = module.flops(2**17, 2**17) / module.flops(2**16, 2**16)
+    quadratic = case.spec.cost.startswith("N^2") or case.options.get("variant") == "full"
+    assert growth == pytest.approx(4, rel=0.01) if quadratic else 2 <= growth < 2.2
+    last = module.flops(1, 500)
+    assert 0 < last <= module.flops(500, 500)
+    if case.causal and module.has_state:
+        assert last == pytest.approx(module.flops(1, 5000), rel=0.01)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", ["softmax", "t2r", "hedgehog"])
+def test_flops_are_torch_s_own_count_of_the_same_products(name, causal, make_shape):
+    """Of softmax's two products over all pairs, and of the maps of a linear attention."""
+    shape = make_shape(num_heads=4, num_kv_heads=2, head_dim=16, causal=causal)
+    module = build_attention(name, shape)
+    q, k = torch.randn(3, 4, 20, 16), torch.randn(3, 2, 20, 16)
+    with FlopCounterMode(display=False) as counter:
+        if isinstance(module, LinearAttention):
+            module.query_map.map_queries(q, positions=torch.arange(20).expand(3, 20))
+            stated = 3 * module.query_map.flops(20)
+        else:
+            module.quadratic(q, k, k)
+            stated = module.flops(20, 20, batch_size=3)
+            stated = stated * 400 // 210 if causal else stated  # the quadratic form computes the future's pairs too
+    assert counter.get_total_flops() == stated
 
 
 # --- specs ---

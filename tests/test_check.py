@@ -566,9 +566,30 @@ def test_a_lone_map_is_checked_in_every_form():
 )
 def test_the_long_length_follows_the_stated_cost(cost, length, monkeypatch):
     seen = []
-    monkeypatch.setattr(checks, "_precision_at", lambda case, length: seen.append(length) or [])
+    monkeypatch.setattr(checks, "_precision_at", lambda case, length, why: seen.append((length, why)) or [])
     check(spec_of(Plain, cost), directions=["causal"], only=["precision-long"])
-    assert seen == [length]
+    reason = (
+        "; it states neither cost nor FLOPs" if cost == "not stated" else f"; it states a cost of {cost}, and no FLOPs"
+    )
+    assert seen == [(length, reason if length == 4096 else "")]
+
+
+@pytest.mark.parametrize("variant,length", [("simple", 65536), ("conv", 65536), ("full", 4096)])
+def test_the_long_length_follows_the_flops_of_the_options(variant, length, monkeypatch):
+    """Whatever the cost says: one variant's is quadratic."""
+    seen = []
+    monkeypatch.setattr(checks, "_precision_at", lambda case, length, why: seen.append((length, why)) or [])
+    for direction in ("causal", "bidirectional"):
+        check("aft", options={"variant": variant}, directions=[direction], only=["precision-long"])
+    reason = "; its FLOPs grow 4.0-fold from 32,768 to 65,536 tokens" if length == 4096 else ""
+    assert seen == [(length, reason)] * 2
+
+
+def test_the_note_says_why_a_length_is_short(monkeypatch):
+    monkeypatch.setattr(checks, "QUADRATIC_LENGTH", 64)
+    (finding,) = check("softmax", directions=["causal"], only=["precision-long"])
+    assert finding.note.startswith("N = 64, ")
+    assert finding.note.endswith("; its FLOPs grow 4.0-fold from 32,768 to 65,536 tokens")
 
 
 def test_precision_says_its_length():

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -256,6 +258,7 @@ def test_blocks_of_queries_that_see_every_key_are_those_of_whole_rows(attn, opti
     blocked = backward(model, inputs, loss="both")
     found = gradients(model)
     model.zero_grad()
+    monkeypatch.setattr(distill, "has_features", lambda student: False)
     for slot in hosts.slots(model).values():
         monkeypatch.setattr(type(slot.attention), "ordered_by_positions", False)
     whole = backward(model, inputs, loss="both")
@@ -263,6 +266,128 @@ def test_blocks_of_queries_that_see_every_key_are_those_of_whole_rows(attn, opti
         assert float(blocked[name].total) == pytest.approx(float(loss.total), rel=1e-10)
     for one, other in zip(found, gradients(model), strict=True):
         torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
+
+
+# --- the gradient by formula ---
+
+MAPS: list[tuple[str, dict[str, Any]]] = [
+    ("hedgehog", {}),
+    ("hedgehog", {"tie_qk": True}),
+    ("hedgehog", {"share_kv_heads": True}),
+    ("hedgehog", {"activation": "exp"}),  # keys with log scales
+    ("hedgehog", {"activation": "exp", "share_kv_heads": True}),
+    ("t2r", {}),
+    ("taylor", {"project_to": 2}),  # signed features
+]
+
+
+class LearnedScale(FeatureMap):
+    """Features that know where they stand, and keys whose log scale is learned, and theirs alone."""
+
+    def __init__(self, shape: MixerShape) -> None:
+        super().__init__(shape)
+        self.direction = nn.Parameter(torch.randn(shape.num_heads, shape.head_dim, 1))
+
+    def map_queries(self, q: Tensor, *, positions: Tensor) -> Tensor:
+        return self._features(q, positions)
+
+    def map_keys(self, k: Tensor, *, positions: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return self._features(k, positions), (k @ self.direction.to(k.dtype)).squeeze(-1)
+
+    def _features(self, x: Tensor, positions: Tensor) -> Tensor:
+        return x.clamp(-3, 3).exp() * (1 + positions[:, None, :, None] * torch.arange(x.shape[-1]).to(x.dtype))
+
+
+def taught(attention: Attention, qkv: list[Tensor], key_mask: Tensor | None, **arguments: Any) -> list[Tensor]:
+    """The loss and the gradients of a layer; those of a fixed draw where queries are sampled."""
+    attention.zero_grad(set_to_none=True)
+    loss = TransferLoss(weight=0.3, generator=torch.Generator().manual_seed(1), **arguments)
+    loss(make_slot(attention), *qkv, key_mask)
+    return [loss.total, *(p.grad for p in attention.parameters() if p.grad is not None)]
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(
+    attn=st.sampled_from([*MAPS, None]),
+    causal=st.booleans(),
+    earlier=st.sampled_from([0, 3]),
+    mask=st.sampled_from(["none", "all", "right", "left", "gaps"]),
+    loss=st.sampled_from(distill.LOSSES),
+    queries=st.sampled_from([0, 4]),
+    spread=st.sampled_from([1.0, 6.0]),
+    sizes=st.tuples(st.sampled_from([256, 5]), st.sampled_from([1024, 8]), st.sampled_from([2**17, 40])),
+)
+def test_the_formula_is_the_gradient_of_the_weights(attn, causal, earlier, mask, loss, queries, spread, sizes):
+    """Against the path that any attention takes: `weights`, differentiated."""
+    torch.manual_seed(2)
+    shape = MixerShape(dim=12, num_heads=4, num_kv_heads=2, head_dim=3, scale=0.6, max_len=64, causal=causal)
+    if attn is None:
+        attention: Any = LinearAttention(shape, LearnedScale)
+    else:
+        attention = build_attention(attn[0], shape, **attn[1])
+    attention.double().eval()
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            parameter.add_(0.5 * torch.randn_like(parameter))
+    N, M = 13, 13 + earlier
+    q, k, v = (spread * torch.randn(3, h, n, 3, dtype=torch.float64) for h, n in ((4, N), (2, M), (2, M)))
+    lengths, tokens = torch.tensor([[M], [9], [1]]), torch.arange(M)
+    key_mask = {
+        "none": None,
+        "all": torch.ones(3, M, dtype=torch.bool),
+        "right": tokens < lengths,
+        "left": tokens >= M - lengths,
+        "gaps": (tokens * lengths) % 3 != 1,
+    }[mask]
+    if key_mask is not None:
+        k = k.masked_fill(~key_mask[:, None, :, None], torch.nan)  # whatever lies there
+    with pytest.MonkeyPatch.context() as patch:
+        for name, size in zip(("QUERY_BLOCK", "MAPPED", "TILE"), sizes, strict=True):
+            patch.setattr(distill, name, size)
+        patch.setattr(distill, "SAMPLED_BLOCK", 2)
+        found = taught(attention, [q, k, v], key_mask, loss=loss, queries=queries)
+        patch.setattr(distill, "has_features", lambda student: False)
+        expected = taught(attention, [q, k, v], key_mask, loss=loss, queries=queries)
+    assert len(found) == len(expected) > 1
+    assert all(gradient.abs().max() > 0 for gradient in expected)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-9 * float(other.abs().max()), rtol=1e-9)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_scores_that_vanish_pass_no_gradient_on(learned, monkeypatch):
+    """In float32, a key whose scale lies far below another's has weight 0, and an infinite logarithm."""
+    torch.manual_seed(0)
+    shape = MixerShape(dim=4, num_heads=1, num_kv_heads=1, head_dim=4, scale=0.01, max_len=8, causal=True)
+    attention = (
+        LinearAttention(shape, LearnedScale) if learned else build_attention("hedgehog", shape, activation="exp")
+    )
+    attention.eval()
+    q, v = torch.randn(1, 1, 6, 4), torch.randn(1, 1, 6, 4)
+    k = torch.randn(1, 1, 6, 4) * torch.tensor([100.0, 1, 1, 100, 1, 100])[:, None]
+    found = taught(attention, [q, k, v], None)
+    monkeypatch.setattr(distill, "has_features", lambda student: False)
+    expected = taught(attention, [q, k, v], None)
+    assert all(x.isfinite().all() for x in found)
+    assert expected[0] > 150  # the floor was reached
+    torch.testing.assert_close(found[0], expected[0], atol=0, rtol=1e-5)
+    largest = max(float(gradient.abs().max()) for gradient in expected[1:])
+    assert largest > 0.1
+    for one, other in zip(found[1:], expected[1:], strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5 * largest, rtol=1e-4)
+
+
+def test_weights_of_a_subclass_are_its_own(make_shape):
+    class Sharper(LinearAttention):
+        def weights(self, *args: Any, **kwargs: Any) -> Tensor:
+            squared = super().weights(*args, **kwargs).square()
+            return squared / squared.sum(-1, keepdim=True)
+
+    part, shape = ATTENTIONS.get("hedgehog").part, make_shape()
+    qkv = [x.float() for x in random_qkv(shape)]
+    plain, sharper = (taught(kind(shape, part), qkv, None)[0] for kind in (LinearAttention, Sharper))
+    assert abs(plain - sharper) > 1e-3
+    assert not distill.has_features(Sharper(shape, part))
 
 
 PARTS = {name: ATTENTIONS.get(name).part for name in ATTENTIONS.names()}
@@ -378,13 +503,13 @@ def test_about_so_many_queries_are_taken(length, queries, expected, make_shape):
     shape = make_shape()
     slot = make_slot(build_attention("hedgehog", shape))
     seen = []
-    weights = slot.attention.weights
+    map_queries = slot.attention.map_queries
 
     def watch(q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         seen.append(q.shape[2])
-        return weights(q, *args, **kwargs)
+        return map_queries(q, *args, **kwargs)
 
-    slot.attention.weights = watch
+    slot.attention.map_queries = watch
     q, k, v = (x.float() for x in random_qkv(shape, length=length))
     with torch.no_grad():
         TransferLoss(queries=queries)(slot, q, k, v, None)
@@ -498,7 +623,7 @@ def test_memory_does_not_grow_with_depth(monkeypatch):
         assert saved.measure(make_host("llama", layers, "hedgehog"), inputs) > 0
         assert saved.now == 0  # nothing is left after the pass
     assert peaks[6].peak == peaks[1].peak
-    monkeypatch.setattr(distill, "QUERY_BLOCK", 2)
+    monkeypatch.setattr(distill, "MAPPED", 8)
     assert Saved().measure(make_host("llama", 6, "hedgehog"), inputs) < peaks[1].peak
 
 

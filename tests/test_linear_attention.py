@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hhbench.attention import FeatureMap, LinearAttention, MixerShape
 from hhbench.errors import UsageError
-from hhbench.linear_attention import CHUNK, FLOOR, LinearState
+from hhbench.linear_attention import CHUNK, FLOOR, LinearState, chunked
 
 # --- maps that exercise what the sum does with them ---
 
@@ -187,6 +187,19 @@ def test_three_forms_are_the_definition(make_map, share_kv_heads, seed, B, G, gr
     torch.testing.assert_close(weights @ v, out, atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.parametrize("share_kv_heads", [False, True], ids=["", "shared"])
+@pytest.mark.parametrize("make_map", [Plain, Scaled])
+@given(seed=st.integers(0, 10**6), N=LENGTHS, mask=st.sampled_from(MASKS), size=st.sampled_from([1, 16, CHUNK]))
+@settings(max_examples=15)
+def test_the_chunks_of_an_accelerator_are_those_of_a_cpu(make_map, share_kv_heads, seed, N, mask, size):
+    drawn = Setting(make_map, seed, B=2, G=2, group=2, N=N, D=3, E=2, mask=mask, share_kv_heads=share_kv_heads)
+    module, (q, k, v) = drawn.module, drawn.inputs
+    positions = module._positions(k, drawn.key_mask, None)
+    queries, keys = module._mapped(q, k, v, drawn.key_mask, positions)
+    out = chunked(queries, keys, None, chunk_size=size).reshape(2, 4, N, 2)
+    drawn.assert_equal(out, module(q, k, v, key_mask=drawn.key_mask))
+
+
 @pytest.mark.parametrize("make_map", [Plain, Scaled])
 @given(seed=st.integers(0, 10**6), N=st.integers(1, 200), mask=st.sampled_from(MASKS))
 @settings(max_examples=15)
@@ -195,6 +208,43 @@ def test_both_bidirectional_forms_are_the_definition(make_map, seed, N, mask):
     expected = definition(drawn.module, *drawn.inputs, drawn.key_mask)
     for form in ("auto", "quadratic", "chunked"):
         drawn.assert_equal(drawn.module(*drawn.inputs, key_mask=drawn.key_mask, form=form), expected)
+
+
+class Dropped(Plain):
+    """Features that are dropped at random while training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_map_that_draws_random_numbers_gets_the_gradient_of_its_draw(causal):
+    drawn = Setting(Dropped, 0, B=2, G=1, group=2, N=300, D=3, E=2, causal=causal)
+    out = drawn.module(*drawn.inputs)
+    # The output is linear in v: its product with the gradient is the output's with the cotangent, by the same features.
+    torch.testing.assert_close((drawn.grads(out)[2] * drawn.inputs[2]).sum(), (out * drawn.cotangent).sum())
+    assert not torch.equal(out, drawn.module(*drawn.inputs)), "nothing was drawn"
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)])
+def test_inputs_that_need_no_gradient_get_none(wanted):
+    drawn = Setting(Relu, 0, B=2, G=1, group=2, N=300, D=3, E=2)
+    leaves = [x.detach().requires_grad_(i in wanted) for i, x in enumerate(drawn.inputs)]
+    (drawn.module(*leaves) * drawn.cotangent).sum().backward()
+    expected = drawn.grads(drawn.module(*drawn.inputs, form="quadratic"))
+    for i, leaf in enumerate(leaves):
+        assert (leaf.grad is not None) == (i in wanted)
+        if leaf.grad is not None:
+            torch.testing.assert_close(leaf.grad, expected[i], atol=1e-10, rtol=1e-10)
+
+
+def test_what_inference_mode_left_behind_trains():
+    drawn = Setting(Plain, 0, B=2, G=1, group=2, N=300, D=3, E=2)
+    with torch.inference_mode():
+        seen = drawn.module(*drawn.inputs)
+    out = drawn.module(*drawn.inputs)
+    assert torch.equal(seen, out)
+    drawn.assert_equal(out, drawn.module(*drawn.inputs, form="quadratic"))
 
 
 @given(seed=st.integers(0, 10**6), N=LENGTHS, mask=st.sampled_from(MASKS), tie_qk=st.booleans())

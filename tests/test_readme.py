@@ -140,10 +140,10 @@ def test_results_fit_the_code_that_is_committed() -> None:
 def test_the_tree_is_the_tree() -> None:
     (tree,) = (block for block in code("") if block.startswith("hhbench/"))
     named = set(re.findall(r"[\w/]+\.(?:py|sh)", tree))
-    for package in ("hhbench", "hhbench/hosts", "hhbench/fidelity", "tasks", "baselines"):
+    for package in ("hhbench", "hhbench/hosts", "hhbench/fidelity", "hhbench/profile", "tasks", "baselines"):
         files = {p.name for p in (ROOT / package).glob("*.py") if not p.name.startswith("_")}
         assert files <= named, f"{package}: {files - named} missing in the README's tree"
-    folders = ("hhbench", "hhbench/hosts", "hhbench/fidelity", "tasks", "baselines", "scripts")
+    folders = ("hhbench", "hhbench/hosts", "hhbench/fidelity", "hhbench/profile", "tasks", "baselines", "scripts")
     everywhere = {p.name for folder in folders for p in (ROOT / folder).iterdir()}
     assert named <= everywhere
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import hhbench
-from hhbench import hosts, models, result
+from hhbench import hosts, models, result, runner
 from hhbench.attention import ATTENTIONS
 from hhbench.config import RECIPES, RunConfig
 from hhbench.errors import HHBenchError, UsageError
@@ -181,6 +181,26 @@ def test_every_recipe(out, settings, recipe):
     assert all(kl >= 0 for kl in fidelity["kl_before"] + fidelity["kl_after"])
     if not stages.finetune:
         assert made.score.value == (made.after_transfer if stages.transfer else made.after_swap)
+
+
+@pytest.mark.parametrize(
+    "recipe,tests",
+    [
+        ("untrained", ["test after the swap"]),
+        ("transfer-only", ["test after the swap", "test after transfer"]),
+        ("hedgehog", ["test after the swap", "test after transfer", "test"]),
+    ],
+)
+def test_a_model_is_tested_once_as_it_is(out, monkeypatch, recipe, tests):
+    titles, evaluate = [], runner.evaluate
+
+    def watched(*args, title, **kwargs):
+        titles.append(title)
+        return evaluate(*args, title=title, **kwargs)
+
+    monkeypatch.setattr(runner, "evaluate", watched)
+    check_complete(*execute(recall(out, regime=CONVERSION, recipe=recipe, seed=7)))
+    assert [title for title in titles if title != "test the teacher"] == tests
 
 
 def test_the_untrained_recipe_changes_nothing_but_the_attention(out):

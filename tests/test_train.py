@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import csv
 import dataclasses
 import itertools
 import math
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, MetricCollection, SumMetric
 
-from hhbench import hosts, train
+from hhbench import hosts, progress, train
 from hhbench.attention import OptimizerSettings
 from hhbench.config import RunConfig
 from hhbench.distill import TransferLoss, intercepted
@@ -301,16 +302,19 @@ def test_ranks_share_every_global_batch(lengths, share, world, micro, epoch):
     assert len(expected) == 1 or all(len(batch) >= world * divide for batch in expected)
 
 
-@given(lengths=lengths, size=st.integers(1, 9), world=st.integers(1, 5))
-def test_testing_deals_every_example_to_one_rank(lengths, size, world):
-    shares = [dealt(Batches(lengths, size, seed=None), rank, world) for rank in range(world)]
+@given(lengths=lengths, tokens=st.integers(1, 60), world=st.integers(1, 5))
+def test_testing_deals_every_example_to_one_rank(lengths, tokens, world):
+    shares = [dealt(Batches(lengths, tokens, seed=None), rank, world) for rank in range(world)]
     everything = [i for share in shares for batch in share for i in batch]
     assert sorted(everything) == list(range(len(lengths)))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     assert len(lengths) < world or min(map(len, shares)) >= 1
-    assert all(len(batch) <= size for share in shares for batch in share)
-    alone = dealt(Batches(lengths, size, seed=None))
-    assert [lengths[i] for batch in alone for i in batch] == sorted(lengths)
+    for batch in itertools.chain(*shares):
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= tokens
+    alone = dealt(Batches(lengths, tokens, seed=None))
+    assert [lengths[i] for batch in alone for i in batch] == sorted(lengths, reverse=True)
+    for batch, (following, *_) in itertools.pairwise(alone):  # as large as they can be
+        assert (len(batch) + 1) * max(lengths[i] for i in [*batch, following]) > tokens
 
 
 def test_a_loader_hands_out_indices_with_their_examples():
@@ -324,7 +328,8 @@ def test_a_loader_hands_out_indices_with_their_examples():
             assert int(batch["inputs"]["attention_mask"][row].sum()) == len(tokens)
             seen.append(index)
     assert sorted(seen) == list(range(37))
-    assert [len(b["index"]) for b in stand.batches(stand.data.tests["many"])] == [32, 32, 6]
+    (batch,) = stand.batches(stand.data.tests["many"])
+    assert sorted(batch["index"].tolist()) == list(range(70))
 
 
 def test_a_batch_is_cut_for_accumulation():
@@ -910,6 +915,103 @@ def test_evaluation_counts_every_example_once():
         with torch.no_grad():
             loss = stand.task.step(stand.model.eval(), example | {"index": torch.tensor([3])}).loss
         assert scores[3] == pytest.approx(float(loss), abs=1e-5)
+
+
+class Narrow(Tiny):
+    """Has memory for so many tokens, as a GPU has."""
+
+    room = 50
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tried: list[int] = []
+
+    def step(self, model: nn.Module, batch: Batch) -> StepOutput:
+        self.tried.append(batch["num_tokens"])
+        if batch["num_tokens"] > self.room:
+            raise torch.OutOfMemoryError("no room")
+        return super().step(model, batch)
+
+
+@pytest.mark.parametrize("during", ["test", "fit"])
+def test_what_memory_has_no_room_for_is_evaluated_in_halves(during, tmp_path):
+    stand, narrow = Stand(), Stand()
+    narrow.task = Narrow()
+    split = stand.data.tests["many"]
+    if during == "test":
+        expected, found = (
+            evaluate(one.stage(), one.batches(split), one.config, title="test") for one in (stand, narrow)
+        )
+        assert sorted(found[1]) == list(range(70))
+        assert found[1] == pytest.approx(expected[1], abs=1e-6)
+        assert found[0] == pytest.approx(expected[0], abs=1e-6)
+        assert sum(tokens for tokens in narrow.task.tried if tokens <= 50) == sum(split.lengths)
+        failed = [tokens for tokens in narrow.task.tried if tokens > 50]
+        assert failed[0] == sum(split.lengths)
+        assert all(
+            later <= earlier / 2 for earlier, later in itertools.pairwise(failed)
+        )  # none as large is tried again
+        return
+    narrow.task.room = max(batch["num_tokens"] for batch in narrow.batches())  # of a training batch
+    stand.fit(tmp_path / "wide", wide := stand.stage())
+    narrow.fit(tmp_path / "narrow", stage := narrow.stage())
+    assert len(stage.validations) == 1
+    assert stage.validations[0] == pytest.approx(wide.validations[0], abs=1e-6)
+    assert_equal(stand.model, narrow.model)
+
+
+def test_an_example_too_large_for_memory_ends_the_evaluation():
+    stand = Stand()
+    stand.task = Narrow()
+    stand.task.room = 1
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluate(stand.stage(), stand.batches(stand.data.tests["few"]), stand.config, title="test")
+
+
+def test_evaluations_fill_a_budget_of_tokens(monkeypatch):
+    stand, longest = Stand(), LONGEST
+    split = stand.data.tests["many"]
+    for micro, most, budget in [(None, 30, 30), (8, 30, 30), (1, 1000, 4 * longest)]:
+        monkeypatch.setitem(train.EVALUATED_TOKENS, "cpu", most)
+        stand.config = dataclasses.replace(stand.config, micro_batch_size=micro)
+        shapes = [batch["inputs"]["input_ids"].shape for batch in stand.batches(split)]
+        assert max(rows * columns for rows, columns in shapes) <= budget
+        assert min(rows * columns for rows, columns in shapes[:-1]) > budget - 2 * longest
+        assert [columns for _, columns in shapes] == sorted((c for _, c in shapes), reverse=True)
+
+
+# --- what is shown ---
+
+
+def test_curves_hold_losses_and_validations(tmp_path):
+    stand = Stand(logger="csv")
+    stage = stand.stage(make_schedule(1e-2, 4.0, 0.1, 0.1, 1.0))
+    losses = []
+    original = stage.note
+
+    def note(name: str, loss: Tensor, batch_idx: int) -> None:
+        losses.append(float(loss))
+        original(name, loss, batch_idx)
+
+    stage.note = note
+    stand.fit(tmp_path, stage)
+    with (tmp_path / "curves" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    written = {int(row["step"]): float(row["train/loss"]) for row in rows if row["train/loss"]}
+    assert written == pytest.approx({step: losses[step] for step in range(1, 20, 2)})  # a tenth of 20 steps apart
+    assert [int(row["step"]) for row in rows if row["val/accuracy"]] == [4, 9, 14, 19]
+
+
+@pytest.mark.parametrize("kind", ["train", "transfer"])
+def test_a_long_stage_says_how_far_it_is(kind, monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    stand = Stand()
+    stage = stand.stage() if kind == "train" else TransferStage(stand.model, SCHEDULE)
+    with caplog.at_level("INFO", logger="hhbench"):
+        stand.fit(tmp_path, stage, validate=kind == "train")
+    lines = [line for line in caplog.messages if line.startswith("test: ")]
+    assert [line.split()[1] for line in lines] == [f"{step}/5" for step in range(1, 6)]
+    assert lines[-1].endswith(f"loss {float(stage.shown['loss']):.4g}")
 
 
 # --- transfer ---

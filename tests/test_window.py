@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hhbench.errors import UsageError
-from hhbench.window import BLOCK, Blocks, WindowState, check_window, distances, far, last_attended, near
+from hhbench.window import BLOCK, Blocks, WindowState, check_window, distances, far, last_attended, near, num_pairs
 
 CPU = torch.device("cpu")
 MASK = torch.tensor([[0, 1, 1, 0, 1, 0]], dtype=torch.bool)  # attended tokens 0, 1 and 2 are 1, 2 and 4
@@ -135,3 +135,13 @@ def test_a_window_holds_a_token():
     assert check_window(1) == 1
     with pytest.raises(UsageError, match="window must be at least 1, not 0"):
         check_window(0)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("num_queries,num_keys", [(1, 1), (6, 6), (1, 9), (4, 9), (9, 9)])
+def test_pairs_are_counted_as_the_windows_have_them(causal, num_queries, num_keys):
+    distance, _ = distances(None, causal=causal, num_queries=num_queries, num_keys=num_keys, device=CPU)
+    for window in (1, 2, 4, 9, 20):
+        expected = near(distance, window, causal=causal).sum().item()
+        assert num_pairs(num_queries, num_keys, causal=causal, window=window) == expected
+    assert num_pairs(num_queries, num_keys, causal=causal) == near(distance, 20, causal=causal).sum().item()

@@ -57,7 +57,7 @@ def authors(make_shape):
 
 
 def test_kernels_and_outputs_are_the_authors_numbers(authors):
-    shift, diagonal = authors.shift.kernel(torch.float64), authors.diagonal.kernel(6, torch.float64)
+    shift, diagonal = authors.shift.kernel(9, torch.float64), authors.diagonal.kernel(6, torch.float64)
     assert shift.flatten().tolist() == pytest.approx([0.225, -0.2, 0.25, 0.1], abs=1e-7)
     assert diagonal.flatten().tolist() == pytest.approx(
         [-0.0073206968, -0.0595427803, -0.0860741877, -0.0864855222, -0.0627971642, -0.0191734943], abs=1e-7
@@ -73,7 +73,7 @@ def test_the_shift_s_kernel_by_hand(make):
     shift = make(num_heads=1, head_dim=1, d_state=4).shift
     settle(shift.B, [1, 2, 0, 0])
     settle(shift.C, [3, 5, 7, 9])
-    assert shift.kernel(torch.float64).tolist() == [[13, 19, 25, 9]]
+    assert shift.kernel(9, torch.float64).tolist() == [[13, 19, 25, 9]]
 
 
 def test_the_diagonal_s_kernel_in_closed_form(make):
@@ -167,7 +167,7 @@ def test_the_future_has_kernels_of_its_own_that_begin_at_the_next_token(make):
 
     with torch.no_grad():
         q, k, v = (x[0] @ module.in_proj.weight.T + module.in_proj.bias).chunk(3, dim=-1)
-        shifts = (m.kernel(torch.float64) for m in (module.shift, module.future_shift))
+        shifts = (m.kernel(9, torch.float64) for m in (module.shift, module.future_shift))
         diagonals = (m.kernel(9, torch.float64) for m in (module.diagonal, module.future_diagonal))
         kv = (convolved(k, *shifts) + module.D_shift * k) * v
         y = q * (convolved(kv, *diagonals) + module.D * kv)
@@ -179,7 +179,7 @@ def test_it_begins_as_the_authors_do(make_shape):
     first = torch.zeros(512, 64)
     first[:, 0] = 1
     assert torch.equal(module.shift.B, first)
-    assert torch.equal(module.shift.kernel(torch.float32), module.shift.C)
+    assert torch.equal(module.shift.kernel(512, torch.float32), module.shift.C)
     assert 0.124 < module.shift.C.abs().max() <= 1 / 8  # a depthwise convolution of 64 taps
     diagonal = module.diagonal
     assert torch.allclose(diagonal.log_A_real.exp(), torch.tensor(0.5))

@@ -51,7 +51,9 @@ def test_filter_and_outputs_are_the_authors_numbers(authors):
         [0.5216092924, 0.0942726196, -0.2605064838, 0.1319789977, -0.0828071342],
         [1.1556460860, 0.1177538051, -0.0149489302, -0.0010400907, 0.0000532646],
     ]
-    torch.testing.assert_close(authors.filter(5, torch.float64), torch.tensor(expected).double(), atol=1e-7, rtol=0)
+    torch.testing.assert_close(
+        authors.filter.kernel(5, torch.float64), torch.tensor(expected).double(), atol=1e-7, rtol=0
+    )
     x = torch.tensor([[1.0, -0.5], [2.0, 0.25], [-1.0, 0.75], [0.5, 0.5], [0.0, -2.0]], dtype=torch.float64)
     expected = [
         [-3.0318287041, 2.6603650759],
@@ -79,7 +81,7 @@ def test_the_window_falls_to_1_percent_within_or_beyond_the_longest_sequence(mak
             parameter.zero_()
         h.bias_inner.fill_(math.pi / 2 / 14)
         h.weight_out[:, 0] = 1
-    window = h(31, torch.float64)
+    window = h.kernel(31, torch.float64)
     t = torch.arange(31, dtype=torch.float64) / 30
     torch.testing.assert_close(window[0], 0.01 ** (t / 1.5), atol=1e-6, rtol=0)
     torch.testing.assert_close(window[-1], 0.01 ** (t / 0.3), atol=1e-6, rtol=0)
@@ -87,7 +89,7 @@ def test_the_window_falls_to_1_percent_within_or_beyond_the_longest_sequence(mak
     rates = window[:, 1].log().neg() * 30
     torch.testing.assert_close(rates.diff(), rates.diff()[:1].expand(15), atol=1e-6, rtol=0)
     h.shift = 0.25
-    torch.testing.assert_close(h(31, torch.float64), window + 0.25, atol=1e-6, rtol=0)
+    torch.testing.assert_close(h.kernel(31, torch.float64), window + 0.25, atol=1e-6, rtol=0)
 
 
 def filter_by_loops(h: nn.Module, length: int) -> Tensor:
@@ -186,8 +188,8 @@ def test_a_filter_doesn_t_depend_on_how_many_lags_are_asked_for(make):
     with torch.no_grad():
         for parameter in h.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-    assert torch.equal(h(7, torch.float64), h(50, torch.float64)[:, :7])
-    torch.testing.assert_close(h(7, torch.float64), h(300, torch.float64)[:, :7], atol=1e-8, rtol=0)
+    assert torch.equal(h.kernel(7, torch.float64), h.kernel(50, torch.float64)[:, :7])
+    torch.testing.assert_close(h.kernel(7, torch.float64), h.kernel(300, torch.float64)[:, :7], atol=1e-8, rtol=0)
 
 
 def test_a_host_that_states_no_longest_sequence_costs_nothing(make):

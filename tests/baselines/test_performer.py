@@ -22,6 +22,8 @@ def kernel(feature_map, q, k):
 def train(feature_map, passes, x=None):
     x = torch.randn(1, 2, 3, 4) if x is None else x
     for _ in range(passes):
+        if feature_map.training:
+            feature_map.begin_pass()
         feature_map.map_queries(x, positions=torch.arange(3)[None])
         feature_map.map_keys(x, positions=torch.arange(3)[None], key_mask=None)
 

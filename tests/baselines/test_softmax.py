@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from hhbench.attention import build_attention
+from hhbench.attention import build_attention, repeat_heads
+from hhbench.kernels import kernels
 
 
 @pytest.fixture(params=[True, False], ids=["causal", "bidirectional"])
@@ -67,3 +68,27 @@ def test_before_anything_is_replaced_it_is_itself(likeness):
     found = likeness("softmax")
     assert found.entropy == pytest.approx(4.806, abs=0.02)
     assert (found.kl, found.spearman) == pytest.approx((0, 1), abs=1e-12)
+
+
+@pytest.mark.parametrize("num_heads", [2, 8])
+def test_one_token_over_a_cache_copies_nothing(num_heads, make_shape):
+    """Keys and values go to torch as they are, without a mask, and what ran is said."""
+    module = build_attention("softmax", make_shape(num_heads=num_heads, num_kv_heads=2)).eval()
+    q, cache = torch.randn(1, num_heads, 1, 4), torch.randn(2, 1, 2, 300, 4)
+    with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile, kernels() as seen:
+        module(q, *cache)
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert 0 <= largest < cache[0].numel() * 4
+    assert seen == {"sdpa": 1}
+
+
+@pytest.mark.parametrize("num_queries", [1, 3, 6])
+@pytest.mark.parametrize("padded", [False, True])
+def test_grouped_heads_are_repeated_ones(num_queries, padded, shape, inputs):
+    """However few the queries, with padding and without, and one row with no key."""
+    key_mask = torch.tensor([[0, 1, 0, 1, 1, 1], [0] * 6]).bool() if padded else None
+    module, (q, k, v) = build_attention("softmax", shape), inputs
+    whole = build_attention("softmax", dataclasses.replace(shape, num_kv_heads=4))
+    expected = whole(q, repeat_heads(k, 4), repeat_heads(v, 4), key_mask=key_mask)[:, :, -num_queries:]
+    found = module(q[:, :, -num_queries:], k, v, key_mask=key_mask)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)

@@ -72,3 +72,9 @@ def test_a_projection_keeps_the_spread_of_its_input(make_shape):
 def test_a_projection_has_a_width(make_shape):
     with pytest.raises(UsageError, match="project_to must be at least 1, not 0"):
         build_attention("taylor", make_shape(), project_to=0)
+
+
+@pytest.mark.parametrize("head_dim", [1, 2, 3, 6, 7])
+def test_gradients_of_the_features_are_those_of_differences(head_dim, make_shape):
+    x = torch.randn(2, 2, 3, head_dim, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(Taylor(make_shape(head_dim=head_dim)), x)

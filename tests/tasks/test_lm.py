@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -73,6 +74,10 @@ def measured(found, split: Split, model: nn.Module, *, size: int) -> dict[str, f
     for batch in batches(found, split, size):
         metrics.update(*task.step(model, batch).metric_inputs)
     return {name: float(value) for name, value in metrics.compute().items()}
+
+
+def plain(split: Split) -> list[tuple[list[int], list[int], int]]:
+    return [(list(map(int, tokens)), list(map(int, targets)), words) for tokens, targets, words in split.examples]
 
 
 def encoded(folder) -> tuple[list[int], int]:
@@ -147,7 +152,8 @@ def test_every_token_but_the_first_is_predicted_once(seed, length, count):
     first = text[: tokenizer.encode(text).offsets[1][0]] if len(ids) > 1 else text
     assert sum(words for _, _, words in split.examples) == len(text.split()) - len(first.split())
     whole = lm._windows(text, tokenizer, length, whole=True)
-    assert whole.examples == [row for row in split.examples if len(row[0]) == length]
+    assert plain(whole) == [row for row in plain(split) if len(row[0]) == length]
+    assert plain(lm._windows(text, tokenizer, length, limit=2)) == plain(split)[:2]
 
 
 def test_words_are_whitespace_separated_and_each_counts_where_it_starts():
@@ -170,6 +176,59 @@ def test_training_windows_are_whole(folder):
     assert len(limited.tests["test"]) == len(limited.validation) == 2
 
 
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache that keeps the shortest text."""
+    monkeypatch.setenv("HHBENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(lm, "CACHED_CHARACTERS", 0)
+    lm._bpe.cache_clear()
+    yield tmp_path / "cache"
+    lm._bpe.cache_clear()
+
+
+def test_tokens_are_kept_in_the_cache(folder, cache, monkeypatch):
+    first = load(folder)
+    kept = sorted(cache.glob("made/tokens-*/files/tokens.npy"))
+    assert len(kept) == 3  # of each split
+    assert isinstance(first.train.examples.stream.tokens, np.memmap)
+    with monkeypatch.context() as patch:  # from now on nothing is tokenised
+        patch.delattr(lm, "_encoded")
+        assert plain(load(folder).train) == plain(first.train)
+        wider = load(folder, max_len=32)
+    assert sorted(cache.glob("made/tokens-*/files/tokens.npy")) == kept  # of any length
+    assert plain(wider.train)[0][0][:16] == plain(first.train)[0][0]
+    monkeypatch.setattr(lm, "CACHED_CHARACTERS", 10**9)
+    assert plain(load(folder).train) == plain(first.train)
+
+
+def test_damaged_tokens_are_made_again(folder, cache, caplog):
+    before = plain(load(folder).train)
+    for path in cache.glob("made/tokens-*/files/tokens.npy"):
+        path.write_bytes(path.read_bytes()[:-4] + b"oops")
+    assert plain(load(folder).train) == before
+    assert "tokens.npy has changed: making it again" in caplog.text
+
+
+def test_other_texts_and_tokenizers_have_tokens_of_their_own(folder, cache):
+    text = text_of(50, 9)
+    found = [lm.stream_of(text, lm._bpe(text_of(200, seed))).tokens.tolist() for seed in (1, 2)]
+    found.append(lm.stream_of(text + "x", lm._bpe(text_of(200, 1))).tokens.tolist())
+    assert [lm._bpe(text_of(200, s)).decode(ids) for s, ids in zip((1, 2, 1), found, strict=True)] == [
+        text, text, text + "x"
+    ]  # fmt: skip
+    assert len(list(cache.glob("made/tokens-*"))) == 3
+
+
+def test_without_room_in_the_cache_tokens_are_made_in_memory(folder, cache, monkeypatch):
+    expected = plain(load(folder).train)
+    (cache.parent / "file").touch()
+    monkeypatch.setenv("HHBENCH_CACHE", str(cache.parent / "file"))
+    lm._bpe.cache_clear()
+    found = load(folder)
+    assert plain(found.train) == expected
+    assert not isinstance(found.train.examples.stream.tokens, np.memmap)
+
+
 # --- the tokenizer ---
 
 
@@ -184,9 +243,9 @@ def test_bpe_is_deterministic_and_from_training_text_alone(folder):
     assert one.get_vocab_size() <= lm.VOCAB
     odd = "Zürich 🦔 \t\n日本"
     assert one.decode(one.encode(odd).ids) == odd
-    before = load(folder).train.examples
+    before = plain(load(folder).train)
     (folder / "test.txt").write_text("something else entirely, quite " * 20)
-    assert load(folder).train.examples == before
+    assert plain(load(folder).train) == before
 
 
 # --- a user's own text ---

@@ -1,0 +1,266 @@
+"""Runs the fused Hedgehog kernels on this machine's GPU: against the truth first, then against softmax's kernels.
+
+    python scripts/gpu_checks.py                 # about 5 minutes; writes docs/results/gpu/<card>.json
+    python scripts/gpu_checks.py --tokens 8192   # smaller, to try it
+
+Outputs and gradients are compared with the quadratic form in float64. Then, at the same number of tokens in all,
+forward and forward with backward are timed for each length, in interleaved rounds: the kernels, the attention's own
+form, and every backend of SDPA that takes the shape. Times are medians of CUDA events, with their tenth and ninetieth
+percentiles. Last come other tilings of each kernel, one at a time, at the longest length. What failed says how.
+"""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hhbench.attention import LinearAttention, MixerShape, build_attention
+from hhbench.baselines import _hedgehog_triton as kernels
+
+HEADS, WIDTH = 12, 64
+BACKENDS = {
+    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+TILINGS = [(c, w, s) for c in (16, 32, 64) for w in (4, 8) for s in (1, 2, 3)]
+
+
+def make(causal: bool, heads: int = HEADS, width: int = WIDTH) -> LinearAttention:
+    torch.manual_seed(0)
+    shape = MixerShape(
+        dim=heads * width,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=width,
+        scale=width**-0.5,
+        max_len=1 << 16,
+        causal=causal,
+    )
+    module = build_attention("hedgehog", shape)
+    assert isinstance(module, LinearAttention)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3 * width**-0.5)
+    return module.cuda()
+
+
+def inputs(batch: int, length: int, dtype: torch.dtype, heads: int = HEADS, width: int = WIDTH) -> list[Tensor]:
+    """q, k and v [B, H, N, D], as a model's projections lay them out."""
+    shape = (batch, length, heads, width)
+    return [torch.randn(shape, device="cuda", dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3)]
+
+
+def fused(
+    module: LinearAttention, qkv: list[Tensor], key_mask: Tensor | None = None, parts: int | None = None
+) -> Tensor:
+    a, b = module.query_map, module.key_map
+    return kernels.hedgehog_attention(
+        *qkv, a.weight, b.weight, causal=module.shape.causal, key_mask=key_mask, parts=parts
+    )
+
+
+def errors(
+    causal: bool, dtype: torch.dtype, length: int, width: int, parts: int | None, masked: bool
+) -> dict[str, Any]:
+    """Largest error against float64, of the output and the gradients, in parts of the largest value."""
+    module = make(causal, 3, width)
+    qkv = inputs(2, length, dtype, 3, width)
+    mask = torch.rand(2, length, device="cuda") < 0.7 if masked else None
+    true_module, true_qkv = make(causal, 3, width).double(), [x.detach().double().requires_grad_() for x in qkv]
+    truth = true_module(*true_qkv, key_mask=mask, form="quadratic")
+    do = torch.randn_like(truth)
+    expected = torch.autograd.grad(truth, [*true_qkv, *true_module.parameters()], do)
+    found = fused(module, qkv, mask, parts)
+    got = torch.autograd.grad(found, [*qkv, *module.parameters()], do.to(dtype))
+    names = ("output", "q", "k", "v", "weight_q", "weight_k")
+    pairs = zip(names, (found, *got), (truth, *expected), strict=True)
+    return {name: ((x.double() - y).abs().max() / y.abs().max()).item() for name, x, y in pairs}
+
+
+def check_numerics() -> list[dict[str, Any]]:
+    """Bounds are far above rounding and far below any mistake."""
+    bounds = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+    rows = []
+    for causal in (True, False):
+        for dtype, bound in bounds.items():
+            for width in (16, 64, 128):
+                if width == 128 and dtype != torch.bfloat16:
+                    continue
+                for length, parts, masked in ((1000, 1, False), (1000, 3, True), (2048, None, False)):
+                    row = {"causal": causal, "dtype": str(dtype), "width": width, "length": length}
+                    row |= {"parts": parts, "masked": masked}
+                    row |= attempt(lambda a=(causal, dtype, length, width, parts, masked): errors(*a))
+                    values = [row[name] for name in ("output", "q", "k", "v", "weight_q", "weight_k") if name in row]
+                    row["passed"] = bool(values) and all(value < bound for value in values)
+                    rows.append(row)
+                    print("ok  " if row["passed"] else "FAIL", json.dumps(row), flush=True)
+    return rows
+
+
+def attempt(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What it returns, or the error in one line."""
+    try:
+        return function()
+    except Exception as error:  # out of memory, a backend that doesn't take the shape, a kernel that doesn't launch
+        torch.cuda.empty_cache()
+        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+
+
+def one_time(function: Callable[[], Any]) -> float:
+    """Milliseconds by CUDA events, with a cold L2."""
+    torch.empty(64 << 20, dtype=torch.int32, device="cuda").zero_()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    function()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
+def times(candidates: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, Any]]:
+    """Interleaved: every candidate once a round."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, function in candidates.items():
+        found[name] = attempt(lambda f=function: {"warm-up ms": [one_time(f), one_time(f)]})
+    seen: dict[str, list[float]] = {name: [] for name in candidates if "error" not in found[name]}
+    for _ in range(rounds):
+        for name, measured in seen.items():
+            measured.append(one_time(candidates[name]))
+    for name, measured in seen.items():
+        tenths = statistics.quantiles(measured, n=10)
+        found[name] = {"p10": tenths[0], "p50": statistics.median(measured), "p90": tenths[-1]}
+    return found
+
+
+def candidates(module: LinearAttention, qkv: list[Tensor], backward: bool) -> dict[str, Callable[[], Any]]:
+    do, learned = torch.randn_like(qkv[0]), list(module.parameters())
+
+    def step(forward: Callable[[], Tensor], wanted: list[Tensor]) -> Callable[[], Any]:
+        def run() -> Any:
+            if backward:
+                return torch.autograd.grad(forward(), wanted, do)
+            with torch.no_grad():
+                return forward()
+
+        return run
+
+    def softmax(backend: SDPBackend) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(*qkv, is_causal=module.shape.causal)
+
+    found = {
+        "fused": step(lambda: fused(module, qkv), [*qkv, *learned]),
+        "linear-attention": step(lambda: module(*qkv), [*qkv, *learned]),
+    }
+    return found | {name: step(lambda b=backend: softmax(b), qkv) for name, backend in BACKENDS.items()}
+
+
+def time_lengths(tokens: int, rounds: int, deadline: float) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for causal in (True, False):
+        module = make(causal)
+        for length in (1 << n for n in range(9, 17)):
+            if length > tokens or time.monotonic() > deadline:
+                continue
+            qkv = inputs(tokens // length, length, torch.bfloat16)
+            for backward in (False, True):
+                row = {"causal": causal, "length": length, "batch": tokens // length, "backward": backward}
+                row["ms"] = times(candidates(module, qkv, backward), rounds)
+                softmax = [t["p50"] for name, t in row["ms"].items() if name in BACKENDS and "p50" in t]
+                if softmax and "p50" in row["ms"]["fused"]:
+                    row["speedup over the fastest sdpa"] = min(softmax) / row["ms"]["fused"]["p50"]
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+    return rows
+
+
+def time_tilings(tokens: int, rounds: int, deadline: float) -> list[dict[str, Any]]:
+    """Each kernel with other tilings, the other kernels with theirs."""
+    chosen, rows = kernels.tiling_of, []
+    names = ["_sums_kernel", "_forward_kernel", "_backward_queries_kernel", "_backward_keys_kernel"]
+    module = make(True)
+    qkv = inputs(1, tokens, torch.bfloat16)
+    run = candidates(module, qkv, True)["fused"]
+    for name in names:
+        for c, warps, stages in TILINGS:
+            if time.monotonic() > deadline:
+                return rows
+            kernels.tiling_of = changed_tiling(chosen, getattr(kernels, name), c, warps, stages)
+            try:
+                row = {"kernel": name, "tokens": c, "warps": warps, "stages": stages} | times({"fused": run}, rounds)
+            finally:
+                kernels.tiling_of = chosen
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    return rows
+
+
+def changed_tiling(
+    chosen: Callable[..., Any], changed: Any, tokens: int, warps: int, stages: int
+) -> Callable[..., Any]:
+    def tiling_of(kernel: Any, P: int, block: int, half: bool) -> Any:
+        if kernel is changed:
+            return kernels.Tiling(tokens, block, warps, stages)
+        return chosen(kernel, P, block, half)
+
+    return tiling_of
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=1 << 16, help="B x N (default: 65,536)")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=540, help="no new measurement after so long (default: 540)")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/gpu"))
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("gpu_checks needs a CUDA GPU; without one, run tests/baselines/test_hedgehog_triton.py", file=sys.stderr)
+        return 2
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("unset TRITON_INTERPRET: it would run the kernels on the CPU", file=sys.stderr)
+        return 2
+    os.environ.pop("HHBENCH_TRITON", None)  # the attention's own form is timed beside the kernels
+    start = time.monotonic()
+    card = torch.cuda.get_device_name()
+    record: dict[str, Any] = {
+        "card": card,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "date": time.strftime("%Y-%m-%d"),
+        "heads": HEADS,
+        "width": WIDTH,
+        "dtype": "bfloat16",
+        "tokens": arguments.tokens,
+        "rounds": arguments.rounds,
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / (re.sub(r"[^a-z0-9]+", "-", card.lower()) + ".json")
+    limit = start + arguments.seconds
+    steps: dict[str, Callable[[], Any]] = {
+        "numerics": check_numerics,
+        "lengths": lambda: time_lengths(arguments.tokens, arguments.rounds, start + 0.7 * arguments.seconds),
+        "tilings": lambda: time_tilings(arguments.tokens, 5, limit),
+    }
+    for name, step in steps.items():
+        record[name] = step()
+        path.write_text(json.dumps(record, indent=1) + "\n")  # what was measured stays, whatever comes next
+    print(path)
+    return 0 if all(row["passed"] for row in record["numerics"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

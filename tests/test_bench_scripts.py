@@ -1,0 +1,209 @@
+"""The bench scripts run at tiny sizes and end with their record; the published tables are those of the records.
+
+Nothing that was timed is asserted: only what must hold on any machine.
+"""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+try:
+    import bench
+    import bench_goals
+    import bench_peers
+finally:
+    sys.path.pop(0)
+
+
+def run(script: str, *arguments: str, status: int = 0) -> dict[str, Any]:
+    """The record that a script prints last."""
+    command = [sys.executable, f"scripts/{script}.py", *arguments]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert finished.returncode == status, finished.stderr
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def rows_of(found: dict[str, Any]) -> dict[str, bench.Row]:
+    return {values["name"]: bench.Row(**values) for values in found["rows"]}
+
+
+def test_the_goals_script_measures_every_row(tmp_path: Path) -> None:
+    found = run("bench_goals", "--max-length", "64", "--rounds", "1", "--json", str(tmp_path / "goals.json"))
+    assert json.loads((tmp_path / "goals.json").read_text()) == found
+    rows = rows_of(found)
+    assert {"forward", "backward", "bf16", "decode-1024", "decode-32768", "bidirectional", "memory"} <= rows.keys()
+    assert {"crossover-forward", "crossover-backward", "forward-taylor", "forward-elu"} <= rows.keys()
+    for row in rows.values():
+        assert row.value is None or row.value > 0
+        # At other lengths than the goals' nothing was reached and nothing was missed.
+        assert row.reached is None
+        assert row.value is not None or row.note
+    assert rows["forward"].goal == 40
+    assert rows["crossover-forward"].at_most
+    assert rows["error-outputs"].value < 3e-7
+    assert rows["error-gradients"].value < 5e-6
+    assert rows["error-bf16"].value < 1e-2
+    assert found["environment"]["threads"] == 1
+    assert found["environment"]["device"] == bench.machine()
+
+
+def test_the_peers_script_goes_on_without_the_peers(tmp_path: Path) -> None:
+    picked = "sdpa,performer-pytorch,fast-transformers-native"
+    found = run("bench_peers", "--max-length", "64", "--rounds", "2", "--rows", picked)
+    rows = rows_of(found)
+    assert len(rows) == 3 * len(bench_peers.CELLS)
+    assert rows["sdpa-forward-4096"].value > 0
+    for name, row in rows.items():
+        if name.startswith("fast-transformers-native"):
+            assert row.value is None
+            assert "--install DIR" in row.note
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_the_peers_install_and_agree(tmp_path: Path) -> None:
+    if bench_peers.compiler() is None:
+        pytest.skip("needs a C++ compiler")
+    found = run("bench_peers", "--max-length", "64", "--rounds", "2", "--install", str(tmp_path / "peers"))
+    notes = {row.note for row in rows_of(found).values() if row.value is None}
+    assert notes == {"not run: add --compile", "forward only"} & notes
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "said"),
+    [
+        ("bench_goals", ["--rows", "decod"], "Did you mean 'decode'?"),
+        ("bench_peers", ["--rows", "sdpaa"], "Did you mean 'sdpa'?"),
+        ("bench_goals", ["--rounds", "0"], "at least 1"),
+        ("bench_goals", ["--rows", "decode", "--publish"], "--publish needs a run of all rows"),
+    ],
+)
+def test_a_wrong_request_is_one_clear_line(script: str, arguments: list[str], said: str) -> None:
+    command = [sys.executable, f"scripts/{script}.py", *arguments]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert finished.returncode == 2
+    (line,) = finished.stderr.splitlines()
+    assert said in line
+
+
+def test_an_absent_peer_says_how_to_get_it_and_a_wrong_one_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(folder: Path | None) -> bench_peers.Kernel:
+        return bench_peers.imported("no_such_package.kernel").kernel
+
+    def broken(folder: Path | None) -> bench_peers.Kernel:
+        raise RuntimeError("built for another torch")
+
+    def unmasked(folder: Path | None) -> bench_peers.Kernel:
+        return lambda q, k, v: (q @ (k.mT @ v)) / (q @ k.sum(-2)[..., None])
+
+    def masked(folder: Path | None) -> bench_peers.Kernel:
+        return lambda q, k, v: (w := (q @ k.mT).tril()) @ v / w.sum(-1, keepdim=True)
+
+    loads = {"absent": absent, "broken": broken, "unmasked": unmasked, "masked": masked}
+    peers = {name: bench_peers.Peer(name, load, "pip install it") for name, load in loads.items()}
+    for name, peer in peers.items():
+        monkeypatch.setitem(bench_peers.PEERS, name, peer)
+        monkeypatch.setitem(bench_peers.WORDS, name, name)
+    args = bench.parser(None, []).parse_args(["--max-length", "32"])
+    args.install, args.compile = None, False
+    found = bench_peers.contenders(list(peers), args)
+    assert found.attend.keys() == {"hhbench", "masked"}
+    assert found.notes["absent"] == "not installed: pip install it"
+    assert found.notes["broken"] == "failed: RuntimeError: built for another torch"
+    assert found.notes["unmasked"].startswith("disagrees with hhbench by ")
+    assert found.disagree
+    measured = bench_peers.cell(found, list(peers), "backward", 4096, bench.Effort(rounds=2, max_length=32))
+    assert [row.value is not None for row in measured] == [False, False, False, True]
+
+
+def test_a_crossover_is_interpolated_where_softmax_is_last_ahead() -> None:
+    lengths = [128, 256, 512]
+    # A power law crosses where it says: t_softmax / t_ours = N / 200.
+    ratios = [math.log(N / 200) for N in lengths]
+    assert bench_goals.crossing(lengths, ratios) == pytest.approx(200)
+    assert bench_goals.crossing(lengths, [0.1, -0.1, 0.1]) == pytest.approx(256 * 2**0.5)
+    assert bench_goals.crossing(lengths, [0.1, 0.2, 0.3]) == 128
+    assert bench_goals.crossing(lengths, [-0.1, 0.2, -0.3]) is None
+
+
+def test_a_crossover_s_spread_is_that_of_its_rounds() -> None:
+    lengths = [128, 256, 512]
+    noise = np.random.default_rng(0).normal(0, 0.1, (20, 1))
+    row = bench_goals.crossover_row("x", "x", lengths, np.log(np.array(lengths) / 200) + noise)
+    assert row.low < row.value < row.high
+    # The noise of a median of 20, through the power law: 200 tokens times 0.1 * 1.25 / sqrt(20).
+    assert 4 < row.high - row.low < 40
+    still = bench_goals.crossover_row("x", "x", lengths, np.log(np.array(lengths) / 200) + 0 * noise)
+    assert still.low == still.high == pytest.approx(200)
+    never = bench_goals.crossover_row("x", "x", lengths, np.full((5, 3), -1.0))
+    assert never.value is None
+    assert "softmax is still faster at 512" in never.note
+
+
+def test_calls_take_turns_and_a_ratio_is_of_medians_within_rounds() -> None:
+    order: list[str] = []
+    names = ("a", "b", "c")
+    work = torch.randn(256, 256)
+
+    def call(name: str) -> bench.Call:
+        return lambda: (order.append(name), work @ work @ work @ work)
+
+    samples = bench.interleaved({name: call(name) for name in names}, 3)
+    assert [len(samples[name]) for name in names] == [3, 3, 3]
+    turns = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
+    assert "".join(turns).endswith("abcbabc"[-len(turns) :])  # the second round goes backwards
+    row = bench.ratio_row("x", "x", {"a": [2.0, 4.0, 9.0], "b": [1.0, 2.0, 3.0]}, of="a", to="b")
+    assert (row.value, row.rounds) == (2.0, 3)
+    assert row.low == pytest.approx(2.0)
+    assert row.high == pytest.approx(2.8)
+
+
+def test_goals_are_reached_in_their_direction_only() -> None:
+    row = bench.Row("x", "x", 5.0)
+    assert row.towards(5).reached
+    assert row.towards(6).reached is False
+    assert row.towards(6, at_most=True).reached
+    assert row.towards(4, at_most=True).reached is False
+    assert row.towards(4, applies=False).reached is None
+
+
+def test_the_truth_is_the_attention_in_float64() -> None:
+    attention, inputs = bench.hedgehog().double(), [x.double() for x in bench.qkv(70)]
+    truth, _ = bench_goals.exact(inputs, list(attention.parameters()))
+    assert bench_goals.distance(attention(*inputs, form="quadratic"), truth) < 1e-13
+    last, _ = bench_goals.exact((inputs[0][..., -9:, :], *inputs[1:]), list(attention.parameters()))
+    assert bench_goals.distance(last, truth[..., -9:, :]) < 1e-13
+
+
+def test_an_error_that_is_no_number_is_a_goal_missed() -> None:
+    row = bench_goals._errors("x", "x", [1e-7, math.nan])
+    assert row.reached is False
+    assert "NaN" in bench.table({**bench.record("x", [row], bench.Effort(1)), "rows": [asdict(row)]})
+
+
+def test_the_published_tables_are_those_of_the_results() -> None:
+    page = bench.PAGE.read_text()
+    for start, text in bench.blocks().items():
+        block = page.partition(start)[2].partition(bench.END)[0]
+        assert block.strip("\n") == text.strip("\n"), "run scripts/bench.py: the page is not what the results say"
+
+
+def test_published_results_have_all_rows() -> None:
+    for path in bench.RESULTS.glob("*.json"):
+        found = json.loads(path.read_text())
+        names = rows_of(found).keys()
+        if path.stem == "peers":
+            picked = [*bench_peers.OURS, *bench_peers.PEERS]
+            assert names == {f"{n}-{passes}-{N}" for n in picked for passes, N in bench_peers.CELLS}
+        if path.stem == "goals":
+            assert {"forward", "crossover-forward", "memory", "error-outputs-x50", "forward-hedgehog"} <= names
