@@ -450,6 +450,8 @@ class TransferLoss:
         if not causal and not student.ordered_by_positions:
             return list(_whole_rows(q, num_keys)), 1.0
         size = min(QUERY_BLOCK, max(1, PAIRS // num_keys))
+        if causal and has_features(student) and q.device.type == "cpu":  # small blocks: few pairs that don't meet
+            size = min(size, max(32, num_keys // 8))
         if not 0 < self.queries < N:
             return list(_cut(N, num_keys, size, causal=causal)), 1.0
         size = min(size, SAMPLED_BLOCK, self.queries)

@@ -1,7 +1,7 @@
 """What a step of attention transfer costs, as a multiple of the teacher's own forward pass, and what it teaches.
 
-python scripts/bench_transfer.py                            layers as wide as GPT-2's, random weights
-python scripts/bench_transfer.py --model smollm2 --layers 4 --json transfer.json
+python scripts/bench_transfer.py                            a layer as wide as GPT-2's, random weights
+python scripts/bench_transfer.py --model smollm2 --layers 2 --json transfer.json
 
 A step is the teacher-forced forward pass with the losses back-propagated inside, and AdamW's update of the maps, on the
 whole loss and on a sample of the queries. The teacher's pass is the same model's without a graph, by torch's fused
@@ -199,7 +199,7 @@ def positive(text: str) -> int:
 def main() -> int:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--model", default="gpt2", help=f"{', '.join(MODELS)} (gpt2)")
-    made.add_argument("--layers", type=positive, default=2, metavar="N", help="of the model's, the first (2)")
+    made.add_argument("--layers", type=positive, default=1, metavar="N", help="of the model's, the first (1)")
     made.add_argument("--attn", default="hedgehog", help="what is taught (hedgehog)")
     made.add_argument(
         "--lengths",
@@ -209,7 +209,7 @@ def main() -> int:
     )
     made.add_argument("--tokens", type=positive, default=1024, metavar="N", help="of a batch of short sequences (1024)")
     made.add_argument("--queries", type=positive, default=256, metavar="N", help="of the sampled loss (256)")
-    made.add_argument("--rounds", type=positive, default=9, metavar="N", help="of every comparison (9)")
+    made.add_argument("--rounds", type=positive, default=5, metavar="N", help="of every comparison (5)")
     made.add_argument("--steps", type=int, default=12, metavar="N", help="taught on the whole loss; 0 = no KL (12)")
     made.add_argument("--json", type=Path, metavar="FILE", help="write the result here as well")
     args = made.parse_args()
