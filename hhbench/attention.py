@@ -592,6 +592,8 @@ class LinearAttention(Attention):
         if self.training:
             self.query_map.begin_pass()
         by_token = form == "recurrent" or (form == "auto" and causal and N == 1)
+        if form == "auto" and causal and 1 < N <= CHUNK and torch.is_grad_enabled() and sums is None and not need_sums:
+            form = "quadratic"  # mapping again for the gradient costs more than the pairs save
         if not by_token and form != "quadratic" and q.device.type == "cpu":
             drawn = torch.get_rng_state() if self.training else None
             job = Job(

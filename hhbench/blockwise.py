@@ -25,8 +25,7 @@ from hhbench.linear_attention import Sums, finite
 
 BLOCK = 256  # tokens that are mapped at once
 CHUNK = 64  # tokens that meet pair by pair
-HEADS = 12  # sums at a time: more of them leave the cache
-FEATURES = 2**19  # of a block, at most: wide maps take shorter blocks
+FEATURES = 12 * BLOCK * 128  # of a block: more rows at a time where sequences are short, shorter blocks for wide maps
 KEPT_BYTES = 2**26  # of buffers, before they are let go
 
 
@@ -89,13 +88,12 @@ class Job:
 
     def rows(self) -> list[slice]:
         """Rows of the batch that are worked on together."""
-        step = self._rows_at_once
+        step = self._rows_at_once(min(self.positions.shape[1], BLOCK))
         return [slice(start, start + step) for start in range(0, self.positions.shape[0], step)]
 
     def blocks(self, rows: slice, length: int) -> list[_Block]:
         """The last tokens of these rows, so many of them, in blocks."""
-        L = self._rows_at_once * self.num_heads
-        size = min(max(FEATURES // (L * self.feature_dim) // CHUNK * CHUNK, CHUNK), BLOCK)
+        size = min(max(FEATURES // (self.num_heads * self.feature_dim) // CHUNK * CHUNK, CHUNK), BLOCK)
         before = self.positions.shape[1] - length
         places = torch.split(self.positions[rows, before:], size, 1)
         masks = itertools.repeat(None) if self.key_mask is None else torch.split(self.key_mask[rows, before:], size, 1)
@@ -105,9 +103,8 @@ class Job:
             for start, place, mask in zip(starts, places, masks, strict=False)
         ]
 
-    @property
-    def _rows_at_once(self) -> int:
-        return max(1, HEADS // self.num_heads)
+    def _rows_at_once(self, length: int) -> int:
+        return max(1, FEATURES // (self.num_heads * length * self.feature_dim))
 
     def divide(self, u: Tensor, out: Tensor) -> None:
         """u [L, n, E + 1] to the output [b, H, n, E]; zero where a query has no key to attend to."""
