@@ -42,7 +42,7 @@ from hhbench.train import encode
 
 MODELS = ("gpt2", "minilm", "smollm2")
 LEARNING_RATE = 1e-2  # of the tasks' transfer stages
-GOALS = {512: 2.0, 4096: 5.0}  # up to so many tokens, on the whole loss
+GOALS = {128: 2.0, 256: 2.0, 512: 2.0, 4096: 5.0}  # of the whole loss, by length
 SAMPLED_GOALS = {4096: 2.0}
 
 
@@ -141,9 +141,8 @@ def cost(args: argparse.Namespace, teacher: nn.Module, student: nn.Module, lengt
             to="teacher",
             peak_bytes={"step": peaks[name], "teacher": peaks["teacher"]},
         )
-        goal = min((n for n in goals if length <= n), default=None)
         row = replace(row, note=f"memory {peaks[name] / peaks['teacher']:.2f}x")
-        rows.append(row if goal is None else row.towards(goals[goal], at_most=True))
+        rows.append(row.towards(goals[length], at_most=True) if length in goals else row)
     return rows
 
 
