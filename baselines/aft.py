@@ -21,6 +21,7 @@ from hhbench.attention import (
 )
 from hhbench.errors import UsageError
 from hhbench.kernels import ran
+from hhbench.linear_attention import finite
 from hhbench.state import DecodingState
 from hhbench.window import num_pairs
 
@@ -250,7 +251,7 @@ class AFT(Attention):
             key_mask, causal=self.shape.causal, num_queries=num_queries, num_keys=keys.shape[2], device=keys.device
         )
         w = w if visible is None else w.masked_fill(~visible, -torch.inf)
-        return (w - _finite(w.amax(-1, keepdim=True).detach())).exp()
+        return (w - finite(w.amax(-1, keepdim=True).detach())).exp()
 
     # --- sums ---
 
@@ -296,7 +297,7 @@ class AFT(Attention):
             log_max, state_sums = repeat_heads(state.log_max, H), repeat_heads(state.sums, H)
             top = torch.maximum(top, log_max[:, :, None])
         missing = (0, 0, 0, size - num_queries)
-        top = pad(_finite(top), missing, value=torch.inf)  # the queries that fill up to a power of two get zeros
+        top = pad(finite(top), missing, value=torch.inf)  # the queries that fill up to a power of two get zeros
         own_k, own_v = pad(k[:, :, extra:], missing, value=-torch.inf), pad(v[:, :, extra:], missing)
         sums = _terms(own_k, own_v, top) * gains.own[..., None, None]
         if state is not None:
@@ -319,7 +320,7 @@ class AFT(Attention):
     ) -> Tensor:
         """The means of the last N tokens. All queries see all keys, so one maximum serves them."""
         M = k.shape[2]
-        terms = _terms(k, v, _finite(k.amax(2, keepdim=True).detach()))
+        terms = _terms(k, v, finite(k.amax(2, keepdim=True).detach()))
         if self.variant == "simple":
             return _divide(terms.sum(2, keepdim=True))
         if self.variant == "full":
@@ -356,9 +357,9 @@ class AFT(Attention):
         leaving = keys.shape[2] - (self.window - 1)
         gone = keys[:, :, :leaving]
         log_max = torch.maximum(state.log_max, gone.amax(2)).detach()
-        finite = _finite(log_max)
-        kept = state.sums * (state.log_max - finite).exp().unsqueeze(-2)
-        sums = kept + _terms(gone, values[:, :, :leaving], finite[:, :, None]).sum(2)
+        top = finite(log_max)
+        kept = state.sums * (state.log_max - top).exp().unsqueeze(-2)
+        sums = kept + _terms(gone, values[:, :, :leaving], top[:, :, None]).sum(2)
         return AFTState(log_max, sums, keys[:, :, leaving:], values[:, :, leaving:])
 
 
@@ -389,11 +390,6 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _finite(top: Tensor) -> Tensor:
-    """0 where there is no key, so that exp(-inf - top) is 0 and not NaN."""
-    return top.masked_fill(top == -torch.inf, 0.0)
-
-
 def _terms(k: Tensor, v: Tensor, top: Tensor) -> Tensor:
     """exp(k - top) v and exp(k - top), [..., 2, D]."""
     e = (k - top).exp()
@@ -411,7 +407,7 @@ def _given(k: Tensor, v: Tensor, top: Tensor, near: Tensor | None, outside: Tens
     exp(top) [B, H, n, R, D]. `near` and `outside` are those of `_Gains`.
     """
     own_top = k.amax(3, keepdim=True).detach()
-    terms = _terms(k, v, _finite(own_top))
+    terms = _terms(k, v, finite(own_top))
     outside = outside[..., None, None, None, None]
     if near is None:
         sums = terms.sum(3, keepdim=True) * outside

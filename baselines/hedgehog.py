@@ -16,11 +16,12 @@ MANY = 2**14  # elements from which it pays to look at them first
 SAFE = 80.0  # no exponential of less, and no sum of them, overflows
 
 
-def _two_softmaxes(y: Tensor, out: Tensor) -> bool:
-    """Write softmax(y) and softmax(-y) of y [..., F], at or above FLOOR, into out [..., 2, F]; whether any was below.
+def _two_softmaxes(y: Tensor, out: Tensor | None = None) -> tuple[Tensor, bool]:
+    """softmax(y) and softmax(-y) of y [..., F], at or above FLOOR, [..., 2, F]; and whether any may have been below.
 
     On a CPU half the exponentials do: exp(-y) is 1 / exp(y), where neither overflows. A few tokens take one softmax.
     """
+    out = y.new_empty(*y.shape[:-1], 2, y.shape[-1]) if out is None else out
     halves = y.device.type == "cpu" and y.numel() >= MANY
     largest = max(map(abs, map(float, torch.aminmax(y)))) if halves else math.inf
     if largest < SAFE:
@@ -28,11 +29,11 @@ def _two_softmaxes(y: Tensor, out: Tensor) -> bool:
         for half, e in zip(out.unbind(-2), (up, up.reciprocal()), strict=True):
             torch.mul(e, e.sum(-1, keepdim=True).reciprocal_(), out=half)
         if math.exp(-2 * largest) / y.shape[-1] >= FLOOR:
-            return False
+            return out, False
     else:
         torch.softmax(torch.stack([y, -y], dim=-2), -1, out=out)
     out.clamp_min_(FLOOR)
-    return True
+    return out, True
 
 
 class _TwoSoftmaxes(torch.autograd.Function):
@@ -40,8 +41,7 @@ class _TwoSoftmaxes(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor) -> Tensor:
-        out = y.new_empty(*y.shape[:-1], 2, y.shape[-1])
-        ctx.floored = _two_softmaxes(y, out)
+        out, ctx.floored = _two_softmaxes(y)
         ctx.save_for_backward(out)
         return out.flatten(-2)
 
@@ -162,9 +162,7 @@ class Hedgehog(FeatureMap):
             if self.negation and torch.is_grad_enabled():
                 return _TwoSoftmaxes.apply(y), None
             if self.negation:
-                out = y.new_empty(*y.shape[:-1], 2, y.shape[-1])
-                _two_softmaxes(y, out)
-                return out.flatten(-2), None
+                return _two_softmaxes(y)[0].flatten(-2), None
             return y.softmax(-1).clamp_min(FLOOR), None
         y = torch.cat([y, -y], dim=-1) if self.negation else y
         if self.activation == "joint-softmax":

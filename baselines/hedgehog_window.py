@@ -21,7 +21,7 @@ from hhbench.attention import (
 from hhbench.baselines.hedgehog import Hedgehog
 from hhbench.errors import UsageError, unknown_name
 from hhbench.kernels import ran
-from hhbench.linear_attention import FLOOR, FORMS, divide
+from hhbench.linear_attention import FORMS, divide
 from hhbench.window import (
     Blocks,
     WindowState,
@@ -161,7 +161,7 @@ class HedgehogWindow(Attention):
     def _features(self, feature_map: Hedgehog, x: Tensor) -> Tensor:
         positions = torch.zeros(x.shape[0], x.shape[2], dtype=torch.int64, device=x.device)  # the map needs none
         features: Tensor = feature_map.map_queries(x, positions=positions)
-        return features.clamp_min(FLOOR)
+        return features
 
     def _near_scores(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
         """g exp(scale q.k - c), 0 where not visible. q [B, H, ..., N, D], k [B, H, ..., M, D]."""

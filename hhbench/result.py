@@ -271,9 +271,18 @@ def save(result: Result, folder: Path) -> Path:
         content = (json.dumps(values, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
     except (HHBenchError, TypeError, ValueError) as error:
         raise HHBenchError(f"can't save {path}: {error}") from error
-    aside = folder / f".{FILE_NAME}.{uuid.uuid4().hex[:8]}.tmp"
+    return write(path, content)
+
+
+def write(path: Path, content: bytes) -> Path:
+    """Write a record, whole or not at all, and return its path.
+
+    Raises:
+        HHBenchError: it can't be written.
+    """
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with aside.open("wb") as file:
                 file.write(content)

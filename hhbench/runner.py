@@ -12,7 +12,6 @@ import copy
 import dataclasses
 import logging
 import os
-import platform
 import re
 import resource
 import sys
@@ -849,12 +848,4 @@ def _device_name(config: RunConfig) -> str:
         return torch.cuda.get_device_name()
     if config.accelerator in ("auto", "mps", "gpu") and torch.backends.mps.is_available():
         return "Apple MPS"
-    return _cpu_name()
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return result.cpu_name()

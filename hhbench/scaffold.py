@@ -201,6 +201,7 @@ from hhbench.attention import (
     visible_keys,
     zero_padding,
 )
+from hhbench.window import num_pairs
 
 
 # paper: authors, year, equation. cost: of a layer, by N tokens, D head width, E value width. recipe: "no-transfer"
@@ -253,6 +254,11 @@ class $cls(Attention):
             key_mask, causal=self.shape.causal, num_queries=q.shape[2], num_keys=k.shape[2], device=q.device
         )
         return masked_softmax(scores, visible)  # zeros for a query with no key to attend to
+
+    # What `hhbench profile` calls FLOPs: of the cheapest way to compute the definition, additions counted.
+    def flops(self, num_queries: int, num_keys: int, *, batch_size: int = 1) -> int:
+        pairs = num_pairs(num_queries, num_keys, causal=self.shape.causal)
+        return batch_size * self.shape.num_heads * pairs * 4 * self.shape.head_dim
 '''
 
 ATTENTION_TEST = '''"""$name: what pins it down."""
@@ -342,6 +348,11 @@ class $cls(SequenceMixer):
         pairs = visible.expand(B, 1, N, N)[:, 0].to(values.dtype)
         with torch.autocast(x.device.type, enabled=False):
             return self._gated(x, pairs @ values / pairs.sum(-1, keepdim=True).clamp_min(1))
+
+    # What `hhbench profile` calls FLOPs: of the cheapest way to compute the definition, additions counted.
+    def flops(self, num_queries: int, num_keys: int, *, batch_size: int = 1) -> int:
+        C = self.shape.dim
+        return batch_size * (2 * C * C * (2 * num_queries + num_keys) + C * num_keys)
 
     def _values(self, x: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Hidden states with zeros at padded tokens, whatever lies there, and V x in the precision of the sums."""

@@ -16,6 +16,7 @@ import json
 import math
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -25,10 +26,11 @@ from typing import Any
 
 import lightning
 import torch
+from bench import chosen, guarded
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from hhbench import runner
+from hhbench import result, runner
 from hhbench.config import RunConfig
 from hhbench.task import Batch
 from hhbench.train import Schedule, TrainStage, fit, loader, parameter_groups
@@ -228,7 +230,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def machine() -> dict[str, Any]:
     return {
-        "cpu": runner._cpu_name(),
+        "cpu": result.cpu_name(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -236,23 +238,24 @@ def machine() -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default=",".join(BLOCKS), help="of glue, lm, imagenet; separated by commas")
+    parser.add_argument("--task", help="of glue, lm, imagenet; separated by commas (default: all)")
     parser.add_argument("--attn", default="softmax", help="the cheapest shows the loop's own cost best")
     parser.add_argument("--rounds", type=int, help="blocks that count")
     parser.add_argument("--threads", type=int, default=1, help="of torch: with more, a busy machine distorts ratios")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     rows = []
-    for task in arguments.task.split(","):
+    for task in chosen(arguments.task, BLOCKS, "task"):
         block, rounds = BLOCKS[task]
         rows.append(measure(task, arguments.attn, block, arguments.rounds or rounds))
     print(table(rows))
     about = machine()
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     print(json.dumps({"machine": about, "goal": GOAL, "rows": [asdict(row) for row in rows]}))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

@@ -4,5 +4,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 unset TRITON_INTERPRET
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+command -v nvidia-smi > /dev/null && nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 python scripts/gpu_checks.py "$@"

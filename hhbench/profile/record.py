@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 import uuid
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from hhbench.errors import HHBenchError
-from hhbench.result import Environment, checked
+from hhbench.result import Environment, checked, write
 
 SCHEMA: Final = 1
 FILE_NAME: Final = "profile.json"
@@ -229,20 +228,7 @@ def save(profile: Profile, path: Path) -> Path:
     Raises:
         HHBenchError: it can't be written.
     """
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with aside.open("w", encoding="utf-8") as file:
-                file.write(profile.as_line() + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            aside.replace(path)
-        finally:
-            aside.unlink(missing_ok=True)
-    except OSError as error:
-        raise HHBenchError(f"can't write {path}: {error.strerror or error}") from error
-    return path
+    return write(path, (profile.as_line() + "\n").encode())
 
 
 def load(path: Path) -> Profile:
