@@ -46,6 +46,7 @@ from hhbench.linear_attention import (
     recurrent,
 )
 from hhbench.registry import Registry, source_hash
+from hhbench.window import num_pairs
 
 Direction = Literal["causal", "bidirectional"]
 
@@ -517,8 +518,7 @@ class LinearAttention(Attention):
         H, E, causal = self.shape.num_heads, self.shape.head_dim, self.shape.causal
         F, state_heads = self.key_map.feature_dim, self.shape.num_kv_heads if self.share_kv_heads else H
         new = num_queries if causal else num_keys  # of the keys
-        pairs = num_queries * (num_queries + 1) // 2 if causal and num_queries == num_keys else num_queries * num_keys
-        by_pairs = 2 * H * pairs * (F + E + 1)
+        by_pairs = 2 * H * num_pairs(num_queries, num_keys, causal=causal) * (F + E + 1)
         by_sums = 2 * F * (E + 1) * (state_heads * new + H * num_queries)
         return batch_size * (self.query_map.flops(num_queries) + self.key_map.flops(new) + min(by_pairs, by_sums))
 
@@ -563,15 +563,15 @@ class LinearAttention(Attention):
         if key_mask is None:
             return features, log_scale
         padded = ~key_mask[:, None, :]
-        features = (features.masked_fill if out is None else features.masked_fill_)(padded[..., None], 0.0)
+        features = (features.masked_fill_ if features is out else features.masked_fill)(padded[..., None], 0.0)
         return features, None if log_scale is None else log_scale.masked_fill(padded, -torch.inf)
 
     def _floored(self, features: Tensor, key_mask: Tensor | None, out: Tensor | None) -> Tensor:
         if self.query_map.signed or self.query_map.floored:
-            return features if out is None else out.copy_(features)
+            return features
         if not self.training:
             self._count_floored(features, key_mask)
-        return torch.clamp_min(features, FLOOR, out=out)
+        return torch.clamp_min(features, FLOOR, out=out if out is not None and out.shape == features.shape else None)
 
     def _sum(
         self,
@@ -592,8 +592,8 @@ class LinearAttention(Attention):
         if self.training:
             self.query_map.begin_pass()
         by_token = form == "recurrent" or (form == "auto" and causal and N == 1)
-        if form == "auto" and causal and 1 < N <= CHUNK and torch.is_grad_enabled() and sums is None and not need_sums:
-            form = "quadratic"  # mapping again for the gradient costs more than the pairs save
+        if form == "auto" and causal and 1 < N <= blockwise.CHUNK and sums is None:
+            form = "quadratic"  # a chunk alone is all pairs, and autograd needn't map it again
         if not by_token and form != "quadratic" and q.device.type == "cpu":
             drawn = torch.get_rng_state() if self.training else None
             job = Job(

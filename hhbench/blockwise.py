@@ -65,7 +65,7 @@ class Job:
     Attributes:
         maps: see `Maps`.
         num_heads: H.
-        feature_dim: F.
+        feature_dim: F, as the map states it: what memory is set aside for, and how wide blocks may be.
         positions: int64 [B, M], of the keys; the queries are the last N of them.
         key_mask: bool [B, M] or None.
         dtype: of the sums.
@@ -80,7 +80,7 @@ class Job:
     key_mask: Tensor | None
     dtype: torch.dtype
     signed: bool
-    holders: Sequence[nn.Module] = ()
+    holders: Sequence[nn.Module]
 
     def held(self) -> "_Held":
         """The maps' buffers as they are now."""
@@ -109,10 +109,13 @@ class Job:
     def divide(self, u: Tensor, out: Tensor) -> None:
         """u [L, n, E + 1] to the output [b, H, n, E]; zero where a query has no key to attend to."""
         u = u.view(-1, self.num_heads, *u.shape[1:])
-        denominator = u[..., -1:]
-        if self.key_mask is not None or self.signed:
-            denominator = denominator.masked_fill(denominator == 0, 1.0)
-        torch.div(u[..., :-1], denominator, out=out)
+        torch.div(u[..., :-1], self.divisor(u[..., -1:]), out=out)
+
+    def divisor(self, normaliser: Tensor) -> Tensor:
+        """The normaliser, or 1 where there is no key to attend to and the numerator is 0."""
+        if self.key_mask is None and not self.signed:
+            return normaliser
+        return normaliser.masked_fill(normaliser == 0, 1.0)
 
 
 class _Held:
@@ -143,15 +146,16 @@ class _Scratch(threading.local):
     def __init__(self) -> None:
         self._made: dict[tuple[Any, ...], Tensor] = {}
 
-    def __call__(self, name: str, like: Tensor, *shape: int) -> Tensor:
+    def __call__(self, name: str, like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor of this shape, 1 to begin with: the same one for the same name, shape and type."""
-        key = name, shape, like.dtype, like.device
+        dtype = dtype or like.dtype
+        key = name, shape, dtype, like.device
         found = self._made.get(key)
         if found is None:
             if sum(x.nbytes for x in self._made.values()) > KEPT_BYTES:
                 self._made.clear()
             with torch.inference_mode(False):  # it outlives the mode that this call is in
-                found = self._made[key] = torch.ones(shape, dtype=like.dtype, device=like.device)
+                found = self._made[key] = torch.ones(shape, dtype=dtype, device=like.device)
         return found
 
     def with_one(self, job: Job, v: Tensor, block: _Block) -> Tensor:
@@ -161,15 +165,15 @@ class _Scratch(threading.local):
         out[..., :-1].copy_(values)
         return out
 
-    def queries(self, job: Job, q: Tensor, block: _Block, like: Tensor) -> Tensor:
+    def queries(self, job: Job, q: Tensor, block: _Block) -> Tensor:
         """Features [L, n, F]."""
-        out = self("queries", like, *q.shape[:3], job.feature_dim)
+        out = self("queries", q, *q.shape[:3], job.feature_dim, dtype=job.dtype)
         found = job.maps.map_queries(q, positions=block.positions, key_mask=block.key_mask, out=out)
         return found.flatten(0, 1)
 
-    def keys(self, job: Job, k: Tensor, block: _Block, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    def keys(self, job: Job, k: Tensor, block: _Block) -> tuple[Tensor, Tensor | None]:
         """Features [L, n, F] and log scales [L, n]."""
-        out = self("keys", like, k.shape[0], job.num_heads, k.shape[2], job.feature_dim)
+        out = self("keys", k, k.shape[0], job.num_heads, k.shape[2], job.feature_dim, dtype=job.dtype)
         found, scale = job.maps.map_keys(k, positions=block.positions, key_mask=block.key_mask, out=out)
         return found.flatten(0, 1), None if scale is None else scale.flatten(0, 1)
 
@@ -239,10 +243,8 @@ def _from_both(
 
 def _cotangent(job: Job, d_out: Tensor, out: Tensor, normaliser: Tensor, into: Tensor) -> Tensor:
     """g = du [L, n, E + 1]: do / normaliser of the numerator, -(do . out) / normaliser of the normaliser."""
-    if job.key_mask is not None or job.signed:
-        normaliser = normaliser.masked_fill(normaliser == 0, 1.0)
     g = into.view(*d_out.shape[:3], -1)
-    of_numerator = torch.div(d_out.to(job.dtype), normaliser[..., None], out=g[..., :-1])
+    of_numerator = torch.div(d_out.to(job.dtype), job.divisor(normaliser)[..., None], out=g[..., :-1])
     torch.sum(of_numerator * out.to(job.dtype), -1, keepdim=True, out=g[..., -1:]).neg_()
     return into
 
@@ -269,9 +271,8 @@ class _Learned:
 
 
 class _Need(NamedTuple):
-    """What a causal sum is asked for: whether it starts from sums, returns them, and will be asked for gradients."""
+    """What a causal sum is asked for: whether it returns the sums, and will be asked for gradients."""
 
-    start: bool
     sums: bool
     gradients: bool
 
@@ -296,27 +297,31 @@ class _Causal(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        start: Tensor,
-        log_max: Tensor,
+        start: Tensor | None,
+        log_max: Tensor | None,
         *params: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         B, H, N, E = *q.shape[:3], v.shape[3]
         out = q.new_empty(B, H, N, E)
-        sums, log_max = start.clone(), log_max.clone()
-        normalisers = start.new_empty(B, H, N) if need.gradients else None
+        normalisers = out.new_empty(B, H, N, dtype=job.dtype) if need.gradients else None
+        ends: list[tuple[Tensor, Tensor]] = []
         kept: list[list[tuple[Tensor, Tensor]]] = []  # the sums before each block
         for rows in job.rows():
-            some, some_max = sums[rows].flatten(0, 1), log_max[rows].flatten().clone()
+            empty, done = True, 0
+            if start is not None and log_max is not None:
+                empty, some, some_max = False, start[rows].flatten(0, 1).clone(), log_max[rows].flatten()
             kept.append([])
-            empty, done = not need.start, 0
             for block in job.blocks(rows, N):
                 tokens = block.tokens
+                queries = _scratch.queries(job, q[rows, :, tokens], block)
+                keys, log_scale = _scratch.keys(job, k[rows, :, tokens], block)
+                values = _scratch.with_one(job, v[rows, :, tokens], block)
+                if empty:
+                    some = keys.new_zeros(keys.shape[0], keys.shape[2], E + 1)
+                    some_max = keys.new_full((keys.shape[0],), -torch.inf)
                 if need.gradients:
                     kept[-1].append((some.clone(), some_max))
-                queries = _scratch.queries(job, q[rows, :, tokens], block, some)
-                keys, log_scale = _scratch.keys(job, k[rows, :, tokens], block, some)
-                values = _scratch.with_one(job, v[rows, :, tokens], block)
-                u = _scratch("u", some, *values.shape)
+                u = _scratch("u", values, *values.shape)
                 for fq, fk, vc, uc, scale in zip(
                     _chunks(queries), _chunks(keys), _chunks(values), _chunks(u), _scales(log_scale), strict=False
                 ):
@@ -338,12 +343,14 @@ class _Causal(torch.autograd.Function):
                     normalisers[rows, :, tokens] = u[..., E].view(-1, H, u.shape[1])
                 job.divide(u, out[rows, :, tokens])
             # Keys without log scales are of scale 1.
-            log_max[rows] = 0.0 if log_scale is None else some_max.view_as(log_max[rows])
+            ends.append((some, torch.zeros_like(some_max) if log_scale is None else some_max))
         if need.gradients:
             ctx.job, ctx.need, ctx.kept, ctx.held = job, need, kept, job.held()
+            ctx.fresh = start is None
             ctx.save_for_backward(q, k, v, out, normalisers, *params)
-        ctx.mark_non_differentiable(log_max)
-        return out, sums, log_max
+        sums, last_max = (torch.cat(x).view(B, H, *x[0].shape[1:]) for x in zip(*ends, strict=True))
+        ctx.mark_non_differentiable(last_max)
+        return out, sums, last_max
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -384,7 +391,7 @@ class _Causal(torch.autograd.Function):
                     L, n = fk.shape[:2]
                     a = _pairs(fq, fk, scales, _scratch("pairs", fq, L, n, n))
                     p = _pairs(gc, vc, scales, _scratch("gradients of pairs", fq, L, n, n))
-                    first = block.tokens.start == 0 and before is chunks[0].before and not ctx.need.start
+                    first = ctx.fresh and block.tokens.start == 0 and before is chunks[0].before
                     of_queries, of_keys = (None, None) if scales is None else (scales.of_sums, scales.of_keys)
                     _from_both(dfq, p, fk, None if first else (gc, before.mT), of_queries)
                     _from_both(dfk, p.mT, fq, None if last else (vc, rest.mT), of_keys)
@@ -400,7 +407,7 @@ class _Causal(torch.autograd.Function):
                     mapped.append(log_scale)
                     received.append((to_k * keys).sum(-1))
                 dq[at], dk[at], dv[at] = learned.pull(mapped, received, own)
-        return None, None, dq, dk, dv, suffix, None, *learned.gradients
+        return None, None, dq, dk, dv, None if ctx.fresh else suffix, None, *learned.gradients
 
 
 class _Bidirectional(torch.autograd.Function):
@@ -413,20 +420,22 @@ class _Bidirectional(torch.autograd.Function):
         normalisers = out.new_empty(B, H, N, dtype=job.dtype) if keep else None
         kept: list[tuple[Tensor, Tensor]] = []
         for rows in job.rows():
-            L = q[rows].shape[0] * H
-            sums = torch.zeros(L, job.feature_dim, E + 1, dtype=job.dtype, device=q.device)
-            log_max = sums.new_full((L,), -torch.inf)
+            sums = log_max = None
             for block in job.blocks(rows, k.shape[2]):
-                keys, log_scale = _scratch.keys(job, k[rows, :, block.tokens], block, sums)
+                keys, log_scale = _scratch.keys(job, k[rows, :, block.tokens], block)
                 values = _scratch.with_one(job, v[rows, :, block.tokens], block)
+                if sums is None or log_max is None:
+                    sums = keys.new_zeros(keys.shape[0], keys.shape[2], E + 1)
+                    log_max = keys.new_full((keys.shape[0],), -torch.inf)
                 if log_scale is not None:
                     top = torch.maximum(log_max, log_scale.amax(-1))
                     sums.mul_((log_max - finite(top)).exp()[:, None, None])
                     keys, log_max = keys * (log_scale - finite(top)[:, None]).exp()[..., None], top
                 sums.baddbmm_(keys.mT, values)
+            assert sums is not None and log_max is not None
             kept.append((sums, log_max))
             for block in job.blocks(rows, N):
-                queries = _scratch.queries(job, q[rows, :, block.tokens], block, sums)
+                queries = _scratch.queries(job, q[rows, :, block.tokens], block)
                 u = torch.bmm(queries, sums, out=_scratch("u", sums, *queries.shape[:2], E + 1))
                 if normalisers is not None:
                     normalisers[rows, :, block.tokens] = u[..., E].view(-1, H, u.shape[1])
@@ -490,14 +499,11 @@ def causal(
         sums: those before the first token, [B, H, F, E], [B, H, F] and [B, H]; None = there is none.
         params: what the maps learn.
     """
-    if sums is None:
-        shape = q.shape[0], job.num_heads, job.feature_dim, v.shape[3] + 1
-        start = torch.zeros(shape, dtype=job.dtype, device=q.device)
-        log_max = start.new_full(shape[:2], -torch.inf)
-    else:
+    start, log_max = None, None
+    if sums is not None:
         start, log_max = torch.cat([sums.values, sums.keys[..., None]], -1), sums.log_max
-    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, start, *params))
-    need = _Need(start=sums is not None, sums=need_sums, gradients=learns)
+    given = q, k, v, *params, *(() if start is None else (start,))
+    need = _Need(sums=need_sums, gradients=torch.is_grad_enabled() and any(x.requires_grad for x in given))
     out, after, log_max = _Causal.apply(job, need, q, k, v, start, log_max, *params)
     if not need_sums:
         return out, None

@@ -210,6 +210,29 @@ def test_both_bidirectional_forms_are_the_definition(make_map, seed, N, mask):
         drawn.assert_equal(drawn.module(*drawn.inputs, key_mask=drawn.key_mask, form=form), expected)
 
 
+class Unstated(Plain):
+    """It makes 5 features, and says nothing of it."""
+
+    def __init__(self, shape: MixerShape) -> None:
+        super().__init__(shape)
+        self.feature_dim = shape.head_dim
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_map_that_states_another_width_is_summed_all_the_same(causal):
+    for make_map in (Unstated, Plain):  # nor does it leave anything behind for the next
+        drawn = Setting(make_map, 0, B=2, G=1, group=2, N=300, D=3, E=2, causal=causal)
+        drawn.assert_equal(drawn.module(*drawn.inputs), drawn.module(*drawn.inputs, form="quadratic"))
+
+
+@pytest.mark.parametrize("N", [9, 64, 65, 300])
+def test_an_output_is_the_same_with_and_without_gradients(N):
+    drawn = Setting(Scaled, 0, B=2, G=1, group=2, N=N, D=3, E=2)
+    with torch.no_grad():
+        out = drawn.module(*drawn.inputs)
+    assert torch.equal(out, drawn.module(*drawn.inputs))
+
+
 class Dropped(Plain):
     """Features that are dropped at random while training."""
 
