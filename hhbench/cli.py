@@ -692,9 +692,7 @@ def _leaderboard(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     import time
 
-    from rich.console import Console
     from rich.markup import escape
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from hhbench import check as checks
     from hhbench.attention import ATTENTIONS
@@ -703,17 +701,14 @@ def _check(args: argparse.Namespace) -> int:
     options = options_of(args.option or ())
     _calm_libraries()
     start = time.monotonic()
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(spec.name, total=None)
+    with _watched(spec.name) as watch:
         findings = checks.check(
             spec,
             options=options,
             directions=[args.direction] if args.direction else None,
             long=args.long,
             only=args.only.split(",") if args.only else None,
-            watch=lambda done, total, title: bar.update(task, completed=done, total=total, description=escape(title)),
+            watch=watch,
         )
     failed = sum(f.status == "FAIL" for f in findings)
     if args.json:
@@ -750,9 +745,6 @@ def _check(args: argparse.Namespace) -> int:
 def _fidelity(args: argparse.Namespace) -> int:
     import json
 
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     from hhbench.fidelity.folder import Fidelity, multiples_of, open_folder
 
     multiples = multiples_of(args.lengths)
@@ -761,17 +753,8 @@ def _fidelity(args: argparse.Namespace) -> int:
     _calm_libraries()
     subject = open_folder(args.folder, attn=args.attn, dataset=args.data, max_len=args.max_len)
     subject = subject.before_transfer() if args.before else subject
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("fidelity", total=None)
-        found = Fidelity.of(
-            subject,
-            examples=args.examples,
-            multiples=multiples,
-            top_k=args.top_k,
-            watch=lambda done, total, title: bar.update(task, completed=done, total=total, description=title),
-        )
+    with _watched("fidelity") as watch:
+        found = Fidelity.of(subject, examples=args.examples, multiples=multiples, top_k=args.top_k, watch=watch)
     plots = found.save_plots(args.plots) if args.plots else []
     if args.json:
         print(json.dumps(found.as_dict(), indent=1))

@@ -361,3 +361,26 @@ def test_a_dry_run_measures_nothing(tmp_path, capsys):
     assert main([*COMMAND, "--attn", "elu", "--out", str(tmp_path), "--dry-run"]) == 0
     assert capsys.readouterr().out == ""
     assert not list(tmp_path.iterdir())
+
+
+def interrupted_in(number):
+    """A profile whose user presses Ctrl-C in this round."""
+
+    def watch(done, total, title):
+        if title.startswith(f"round {number}:"):
+            raise KeyboardInterrupt
+
+    return profile(Request(attentions=("softmax", "elu"), lengths=(16,), **SMALL | {"rounds": 3}), watch)
+
+
+def test_an_interrupt_keeps_the_rounds_that_are_done():
+    found = interrupted_in(3)
+    assert "interrupted in round 3 of 3" in found.warnings
+    assert {len(cell.seconds) for cell in found.cells if cell.work == "prefill"} == {2}
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_in(1)
+
+
+def test_an_unknown_task_is_refused_before_a_plan_is_made():
+    with pytest.raises(UsageError, match="glue"):
+        plan(Request(attentions=("softmax",), task="gleu", lengths=()))

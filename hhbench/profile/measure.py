@@ -38,6 +38,7 @@ from hhbench.profile.crossover import crossovers
 from hhbench.profile.record import Ceiling, Cell, Profile, percentiles
 from hhbench.profile.request import SOFTMAX, Request
 from hhbench.profile.subjects import BACKENDS, FIRST, PREFILL, WORKS, LayerSubject, Subject, Workload, is_softmax
+from hhbench.task import TASKS
 
 SAMPLE: Final = 0.02  # seconds: calls that are shorter are repeated within a sample
 REPEATS: Final = 20  # at most
@@ -141,6 +142,8 @@ def plan(request: Request) -> list[str]:
         spec = ATTENTIONS.get(name)
         for direction in sorted(spec.directions)[:1]:
             spec.check(direction=direction, options=options)
+    if request.task:
+        TASKS.get(request.task)
     device = device_of(request.device)
     threads = request.threads or torch.get_num_threads()
     lengths = f"{request.lengths[0]:,} to {request.lengths[-1]:,}" if request.lengths else "the task's own"
@@ -283,17 +286,27 @@ class _Session:
     # ---- rounds ------------------------------------------------------------------------------------------------
 
     def _rounds(self) -> None:
-        rounds, order = self.request.rounds, random.Random(self.request.seed)
-        for number in range(rounds):
+        order = random.Random(self.request.seed)
+        for number in range(self.request.rounds):
             entries = self._affordable(number)
             order.shuffle(entries)
-            for index, entry in enumerate(entries):
-                if index % GEMM_EVERY == 0:
-                    self._sample_ceilings()
-                if number >= FEW and self.spent > self.request.seconds:
-                    break
-                self.watch(number * len(entries) + index, rounds * len(entries), f"round {number + 1}: {entry.name}")
-                self._sample(entry, number)
+            try:
+                self._round(number, entries)
+            except KeyboardInterrupt:
+                if number == 0:  # some cells have no time at all
+                    raise
+                self.warnings.append(f"interrupted in round {number + 1} of {self.request.rounds}")
+                return
+
+    def _round(self, number: int, entries: Sequence[_Entry]) -> None:
+        total = self.request.rounds * len(entries)
+        for index, entry in enumerate(entries):
+            if index % GEMM_EVERY == 0:
+                self._sample_ceilings()
+            if number >= FEW and self.spent > self.request.seconds:
+                break
+            self.watch(number * len(entries) + index, total, f"round {number + 1}: {entry.name}")
+            self._sample(entry, number)
 
     def _affordable(self, number: int) -> list[_Entry]:
         """The cells of a round: all while they have the least number of rounds, then the cheapest that fit."""
