@@ -1,4 +1,4 @@
-"""More than one device: start one process for each, and join them."""
+"""More than one device on this machine: torchrun starts a process for each, and this one waits for them."""
 
 import os
 import subprocess
@@ -9,26 +9,15 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from hhbench import stopping
 from hhbench.config import RunConfig
 from hhbench.errors import HHBenchError
 
 if TYPE_CHECKING:
     from hhbench.result import Result
 
-
-def launched_world() -> int:
-    """How many processes a launcher (torchrun, Slurm) started; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
-
-
-def connect(config: RunConfig) -> None:
-    """Join the processes that torchrun started, before anything asks for its rank."""
-    import torch
-
-    if "TORCHELASTIC_RUN_ID" not in os.environ or torch.distributed.is_initialized():
-        return
-    on_cpu = config.accelerator == "cpu" or not torch.cuda.is_available()
-    torch.distributed.init_process_group("gloo" if on_cpu else "nccl")
+SECONDS_BETWEEN_LOOKS = 0.2
+SECONDS_TO_STOP = 30.0  # torchrun's own patience
 
 
 def on_all_devices(config: RunConfig) -> "tuple[Result, Path]":
@@ -36,6 +25,7 @@ def on_all_devices(config: RunConfig) -> "tuple[Result, Path]":
 
     Raises:
         HHBenchError: a process failed; what it said stands above.
+        Stopped: a signal came, and the processes kept a checkpoint.
     """
     from hhbench import result
 
@@ -54,8 +44,29 @@ def on_all_devices(config: RunConfig) -> "tuple[Result, Path]":
         command += ["-m", "hhbench", "run", "--config", str(settings), "--allow-code"]
         environment = os.environ | {"HHBENCH_RESULT_PATH": str(told)}
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // config.devices)))
-        code = subprocess.run(command, env=environment, check=False).returncode
+        code = _wait(subprocess.Popen(command, env=environment))
+        stopping.stop(stopping.noted(), "with all its processes")
         if code or not told.exists():
             raise HHBenchError(f"a process of {config.devices} failed (exit code {code}); its message stands above")
         path = Path(told.read_text())
         return result.load(path), path
+
+
+def _wait(launcher: "subprocess.Popen[bytes]") -> int:
+    """The launcher's exit code. What this process is told, its processes are told: torchrun passes SIGTERM on to them,
+    and they keep a checkpoint.
+    """
+    passed_on = False
+    while True:
+        try:
+            return launcher.wait(SECONDS_BETWEEN_LOOKS)
+        except subprocess.TimeoutExpired:
+            if stopping.noted() and not passed_on:
+                launcher.terminate()
+                passed_on = True
+        except BaseException:  # Ctrl-C reaches the whole group: they end by themselves
+            try:
+                launcher.wait(SECONDS_TO_STOP)
+            except subprocess.TimeoutExpired:
+                launcher.kill()
+            raise

@@ -269,6 +269,13 @@ class RunConfig:
         group="machine",
     )
     num_nodes: int = setting("machines", default=1, type=int, check=_positive, changes_result=False, group="machine")
+    find_unused_parameters: bool = setting(
+        "under DDP, let parameters take no part in the loss; costs time",
+        default=False,
+        type=bool,
+        changes_result=False,
+        group="machine",
+    )
     workers: int = setting(
         "processes that load data",
         default=0,

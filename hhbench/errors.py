@@ -5,11 +5,15 @@ from collections.abc import Iterable
 
 
 class HHBenchError(Exception):
-    """A run failed for a reason that the user can act on. The command line prints the message and exits 1."""
+    """A run failed for a reason that the user can act on. The command line prints the message and exits `exit_code`."""
+
+    exit_code = 1
 
 
 class UsageError(HHBenchError, ValueError):
     """The request itself is wrong: an unknown name, an impossible option. The command line exits 2."""
+
+    exit_code = 2
 
 
 class DataError(HHBenchError):

@@ -27,17 +27,17 @@ from typing import Any, NamedTuple
 import lightning
 import numpy as np
 import torch
-from filelock import FileLock
-from safetensors.torch import load_file, save_file
+from filelock import FileLock, Timeout
 from torch import nn
 
-from hhbench import fidelity, hosts, models, result
+from hhbench import checkpoints, fidelity, hosts, models, result, stopping
 from hhbench.attention import ATTENTIONS, AttentionSpec, Direction, probe
 from hhbench.config import RECIPES, RunConfig, split_label
 from hhbench.errors import HHBenchError, UsageError, in_one_line, unknown_name
 from hhbench.layer_choice import keep_worst
 from hhbench.lora import LoraSettings, inject, merge, need_peft
 from hhbench.pretrained import PRETRAINED
+from hhbench.ranks import check_world, from_rank_zero, launched, rank, world_size
 from hhbench.registry import source_hash
 from hhbench.result import Cost, Fidelity, Identity, LayerChoice, Result, Score, Teacher, Trial, Tuning
 from hhbench.task import TASKS, Split, Task, TaskData
@@ -46,21 +46,19 @@ from hhbench.train import (
     StageReport,
     TrainStage,
     TransferStage,
-    barrier,
     check_batch_size,
     evaluate,
     fit,
     loader,
-    rank,
-    world_size,
 )
 
 log = logging.getLogger("hhbench")
 
-TRANSFERRED = "transfer.safetensors"  # what transfer taught the maps, until the run is done
 # KL and entropies are measured on so much of the validation split, at most.
 FIDELITY_EXAMPLES = 128
 FIDELITY_TOKENS = 128 * 128
+
+SECONDS_TO_CLAIM = 1.0  # between two looks at what another process does
 
 # Settings that may stay blank.
 OPTIONAL = {"recipe", "micro_batch_size", "data_folder", "window", "keep_layers", "lora", "model_folder"}
@@ -122,6 +120,22 @@ class Plan:
     @property
     def trains(self) -> bool:
         return not self.converts or RECIPES[str(self.config.recipe)].finetune
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The settings that the key hashes."""
+        settings = self.config.identity()
+        settings["dataset"] = self.task.dataset(str(self.config.dataset)).title  # a path differs between machines
+        if (model := settings["model"]) not in PRETRAINED and Path(model).is_dir():
+            settings["model"] = Path(model).absolute().name  # its weights are hashed
+        settings["attn"] = self.spec.name  # and so does a user's file, which goes by its content
+        return settings
+
+    @property
+    def teacher_settings(self) -> dict[str, Any] | None:
+        """What its teacher depends on: plans that agree in it share one. None without a teacher to train."""
+        trained = self.config.regime == "finetuned-conversion"
+        return {name: self.settings[name] for name in TEACHER_SETTINGS} if trained else None
 
     def lines(self) -> list[str]:
         """What the run will do, for a person."""
@@ -293,19 +307,32 @@ def execute(config: RunConfig) -> tuple[Result, Path]:
         DataError: data or weights can't be had.
         HHBenchError: training failed in a way that the user can act on.
     """
-    from hhbench.cluster import launched_world, on_all_devices
-
     plan = prepare(config)
     if plan.lora:
         need_peft()
-    world = config.devices * config.num_nodes
-    if world > 1 and launched_world() == 1:
+    check_world(config, launched())
+    if config.devices * config.num_nodes > 1 and launched().by is None:
+        from hhbench.cluster import on_all_devices
+
         config.out.mkdir(parents=True, exist_ok=True)
         return on_all_devices(config)
-    if launched_world() != world:
-        raise UsageError(f"the launcher started {launched_world()} processes; --devices x --num-nodes is {world}")
     under_way = _Run(plan)
     return under_way.result(), under_way.folder / result.FILE_NAME
+
+
+def train_teacher(config: RunConfig) -> Path | None:
+    """Train the teacher that a config converts, unless it is there, and nothing more; the folder that holds it.
+
+    Returns:
+        None where the regime trains no teacher.
+    """
+    plan = prepare(config)
+    check_world(config, launched())
+    if plan.teacher_settings is None:
+        return None
+    under_way = _Run(plan)
+    under_way.load_teacher()
+    return Path(str(under_way.teacher_folder))
 
 
 class _Run:
@@ -337,14 +364,9 @@ class _Run:
     @cached_property
     def identity(self) -> Identity:
         spec, task = self.plan.spec, self.task
-        settings = self.config.identity()
-        settings["dataset"] = self.task.dataset(str(self.config.dataset)).title  # a path differs between machines
-        if (model := settings["model"]) not in PRETRAINED and Path(model).is_dir():
-            settings["model"] = Path(model).absolute().name  # its weights are hashed
-        settings["attn"] = spec.name  # and so does a user's file, which goes by its content
         own_task = source_hash(type(task))  # a user's own file says which data they are, as much as the data do
         return Identity(
-            settings=settings,
+            settings=self.plan.settings,
             data=dict(self.data.hashes) | ({"task's file": own_task} if own_task else {}),
             weights=self.weights,
             attention={"name": spec.name, "version": spec.version, "source_sha256": spec.source_hash()},
@@ -369,21 +391,29 @@ class _Run:
         return self.config.model_folder or (self.folder / "model" if self.config.save_model else None)
 
     def result(self) -> Result:
-        done = self.folder / result.FILE_NAME
-        if done.exists() and not self.config.force:
-            found = result.load(done)
-            if found.key == self.key and (self.model_folder is None or (self.model_folder / models.MANIFEST).exists()):
-                log.info("done already: %s", done)
-                return found
+        """The result that is there, or a new one. Whoever comes second to a run waits for the first."""
+        if (found := self._found()) is not None:
+            return found
         _check_model_folder(self.config.model_folder, key=self.key, force=self.config.force)
-        if rank() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        made = self._run()
-        if rank() == 0:
-            result.save(made, self.folder)
-            (self.folder / TRANSFERRED).unlink(missing_ok=True)
-        barrier()
+        with _claimed(self.folder / ".lock"):
+            if (found := self._found()) is not None:
+                return found
+            made = self._run()
+            if rank() == 0:
+                result.save(made, self.folder)
+            checkpoints.forget(self.folder)
         return made
+
+    def _found(self) -> Result | None:
+        done = self.folder / result.FILE_NAME
+        if self.config.force or not done.exists():
+            return None
+        found = result.load(done)
+        kept = self.model_folder is None or (self.model_folder / models.MANIFEST).exists()
+        if found.key != self.key or not kept:
+            return None
+        log.info("done already: %s", done)
+        return found
 
     # ---- the stages --------------------------------------------------------------------------------------------
 
@@ -510,7 +540,7 @@ class _Run:
         """The model to give the attention to; `teacher` is set if it was trained or has a score of its own."""
         c = self.config
         if c.regime == "finetuned-conversion":
-            return self._load_teacher()
+            return self.load_teacher()
         torch.manual_seed(c.seed)
         model = self.task.build_model(c, self.data)
         models.check_finite(model)
@@ -520,17 +550,16 @@ class _Run:
             self.teacher = Teacher(key=result.key_of(self.weights), score=score)
         return model
 
-    def _load_teacher(self) -> nn.Module:
+    def load_teacher(self) -> nn.Module:
         """The softmax model that is converted: trained once, then read from its folder."""
         c = self.config
-        settings = {name: self.identity["settings"][name] for name in TEACHER_SETTINGS}
+        settings = self.plan.teacher_settings
         identity = {k: v for k, v in self.identity.items() if k != "attention"} | {"settings": settings}
         key = result.key_of(identity)
         folder = c.out / "teachers" / _safe(f"{self.task.name}-{Path(str(c.dataset)).name}-{c.preset}-{key[:8]}")
-        with _locked_by_rank_zero(folder.with_suffix(".lock")):
+        with _claimed(folder.with_suffix(".lock")):
             if not models.is_converted(folder):
                 self._make_teacher(folder, key, identity)
-        barrier()
         model = models.load(folder)
         self.teacher_folder = str(folder.absolute())
         notes = models.manifest(folder)["teacher"]
@@ -552,21 +581,11 @@ class _Run:
                 "validation": report.validation, "seconds": report.seconds,
             }  # fmt: skip
             models.save(model, folder / "model", notes={"teacher": notes})  # beside the stage's own files
+        checkpoints.forget(folder)
 
     def _transfer(self, model: nn.Module) -> None:
-        """Teach the maps, or read what an interrupted run taught them."""
+        """Teach the maps."""
         c = self.config
-        kept = self.folder / TRANSFERRED
-        maps = {
-            f"{n}.{p}": t
-            for n, s in hosts.slots(model).items()
-            for p, t in s.attention.state_dict(keep_vars=True).items()
-        }
-        if c.resume and kept.exists():
-            log.info("transfer was finished: %s", kept)
-            for name, tensor in load_file(kept).items():
-                maps[name].data.copy_(tensor)
-            return
         lightning.seed_everything(c.seed, workers=True, verbose=False)
         learning = {id(p) for p in hosts.attention_parameters(model)}
         frozen = [p for p in model.parameters() if id(p) not in learning]
@@ -579,8 +598,6 @@ class _Run:
         for parameter in frozen:
             parameter.requires_grad_(True)
         self._spent("transfer", report)
-        if rank() == 0:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in maps.items()}, kept)
 
     def _train(self, model: nn.Module) -> Tuning | None:
         """Train or finetune: all weights, or low-rank adapters that are merged into them at the end."""
@@ -646,6 +663,7 @@ class _Run:
 
     def _test(self, model: nn.Module, title: str) -> Tested:
         c = self.config
+        stopping.stop_between_stages(f"before {title}")
         model.eval()
         for counter in _floored(model):
             counter.zero_()
@@ -805,13 +823,25 @@ def _count(model: nn.Module) -> int:
 
 
 @contextlib.contextmanager
-def _locked_by_rank_zero(path: Path) -> Iterator[None]:
-    """Two runs that want the same teacher don't train it twice: the second waits."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _claimed(path: Path) -> Iterator[None]:
+    """Hold a lock for all ranks. What is trained once for all, and what two processes were asked for at the same time,
+    the second one waits for. A process that dies lets go of it.
+    """
     lock = FileLock(path)
-    if rank() == 0:
-        lock.acquire()
-    barrier()
+    said = False
+    while True:
+        held = False
+        if rank() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(Timeout):
+                lock.acquire(timeout=SECONDS_TO_CLAIM if said else 0)
+                held = True
+        if from_rank_zero(held):
+            break
+        if not said and rank() == 0:
+            log.info("another process is at work on %s: waiting for it", path.parent)
+        said = True
+        stopping.stop_between_stages("while it waited for another process")
     try:
         yield
     finally:

@@ -45,17 +45,21 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Split:
-    """Examples, and how long each one is in tokens: batches are made of like lengths."""
+    """Examples, and how long each one is in tokens: batches are made of like lengths.
+
+    `draws`: reading one draws random numbers, as augmentation does. They are a function of (seed, epoch, index) then.
+    """
 
     examples: Sequence[Example]
     lengths: Sequence[int]
+    draws: bool = False
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def first(self, count: int) -> "Split":
         """At most `count` examples; 0 = all."""
-        return Split(self.examples[:count], self.lengths[:count]) if 0 < count < len(self) else self
+        return Split(self.examples[:count], self.lengths[:count], self.draws) if 0 < count < len(self) else self
 
 
 @dataclass(frozen=True)

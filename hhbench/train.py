@@ -5,14 +5,16 @@ of the same seeded order: two processes take the step that one would.
 """
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import logging
 import math
+import random
 import time
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,54 +22,33 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
+from hhbench import checkpoints, stopping
 from hhbench.attention import OptimizerSettings
+from hhbench.checkpoints import Checkpoints
 from hhbench.config import RunConfig
 from hhbench.distill import Loss, TransferLoss, intercepted
 from hhbench.errors import HHBenchError, UsageError
 from hhbench.hosts import attention_parameters, attentions, slots
 from hhbench.progress import Progress
+from hhbench.ranks import gathered, launched, rank, summed_over_ranks, world_size
 from hhbench.task import Batch, Example, Split, Task, TaskData
 
 log = logging.getLogger("hhbench")
 
-SECONDS_BETWEEN_CHECKPOINTS = 300.0  # what a machine that dies takes with it, at most
 # Padded tokens of an evaluation's batch, at most. A GPU that has no room for so many takes halves of them; a CPU gains
 # nothing from more than its caches hold.
 EVALUATED_TOKENS = {"cpu": 2048, "cuda": 2**17}
-
-
-# ---- ranks -----------------------------------------------------------------------------------------------------
-
-
-def world_size() -> int:
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-
-
-def rank() -> int:
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
-def barrier() -> None:
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-
-
-def summed_over_ranks(value: float, device: torch.device) -> float:
-    """The sum of a number over all ranks, in float64 where the device has it."""
-    if world_size() == 1:
-        return value
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    total = torch.tensor(value, dtype=dtype, device=device)
-    torch.distributed.all_reduce(total)
-    return float(total)
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------
@@ -76,8 +57,9 @@ def summed_over_ranks(value: float, device: torch.device) -> float:
 class Batches(Sampler[list[int]]):
     """Batches of like lengths, in an order that is a function of (seed, epoch) alone.
 
-    Every rank makes the same global batches. While training each rank takes its share of every one; while testing
-    the batches are dealt out whole, so that no example is repeated.
+    Every rank makes the same global batches. While training each rank takes its share of every one; where an epoch's
+    last batch is too small for all, a rank runs an example that counts for nothing, written as `-1 - index`. While
+    testing the batches are dealt out whole, so that no example is repeated.
 
     Args:
         lengths: of the examples, in tokens.
@@ -91,7 +73,8 @@ class Batches(Sampler[list[int]]):
 
     def __init__(self, lengths: Sequence[int], size: int, *, seed: int | None, divide: int = 1) -> None:
         self.lengths, self.size, self.seed, self.divide = np.asarray(lengths), size, seed, divide
-        self.epoch = 0
+        self._epoch = torch.zeros((), dtype=torch.int64)
+        self._epoch.share_memory_()  # type: ignore[no-untyped-call]  # with the processes that load data
         self.taken: dict[int, int] = {}  # by epoch, the batches that an interrupted run took of it
 
     @property
@@ -99,8 +82,12 @@ class Batches(Sampler[list[int]]):
         """Where Lightning looks for `set_epoch`."""
         return self
 
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        self._epoch.fill_(epoch)
 
     def global_batches(self) -> list[list[int]]:
         return self._by_length() if self.seed is None else self._shuffled(self.seed)
@@ -123,27 +110,24 @@ class Batches(Sampler[list[int]]):
             pool = order[start : start + self.size * self.POOL]
             pool = pool[np.argsort(self.lengths[pool], kind="stable")].tolist()
             batches += [pool[i : i + self.size] for i in range(0, len(pool), self.size)]
-        del batches[self._num_shuffled() :]
         return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
-
-    def _num_shuffled(self) -> int:
-        """How many batches an epoch of training has: the last one must have an example for every part."""
-        whole, rest = divmod(len(self.lengths), self.size)
-        return whole + (rest >= (world_size() * self.divide if whole else 1))
 
     def __iter__(self) -> Iterator[list[int]]:
         batches = self.global_batches()
         if self.seed is None:
             yield from batches[rank() :: world_size()]
             return
-        shares = [batch[rank() :: world_size()] for batch in batches]
-        parts = [share[part :: self.divide] for share in shares for part in range(self.divide)]
+        parts = [
+            batch[rank() :: world_size()][part :: self.divide] or [-1 - batch[0]]
+            for batch in batches
+            for part in range(self.divide)
+        ]
         yield from parts[self.taken.get(self.epoch, 0) :]
 
     def __len__(self) -> int:
         if self.seed is None:
             return math.ceil((len(self._by_length()) - rank()) / world_size())
-        return self._num_shuffled() * self.divide
+        return math.ceil(len(self.lengths) / self.size) * self.divide
 
 
 def loader(split: Split, data: TaskData, config: RunConfig, *, train: bool, seed: int = 0) -> "DataLoader[Example]":
@@ -160,7 +144,7 @@ def loader(split: Split, data: TaskData, config: RunConfig, *, train: bool, seed
         return batch | {"index": torch.tensor([index for index, _ in pairs])}
 
     return DataLoader(
-        _Indexed(split),  # type: ignore[arg-type]
+        _Indexed(split, batches),  # type: ignore[arg-type]
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=config.workers,
@@ -170,11 +154,27 @@ def loader(split: Split, data: TaskData, config: RunConfig, *, train: bool, seed
 
 
 class _Indexed(torch.utils.data.Dataset[tuple[int, Example]]):
-    def __init__(self, split: Split) -> None:
-        self.split = split
+    """Examples with their index. What is drawn for one, to augment it, is a function of (seed, epoch, index): the
+    processes that load data hold no state of their own.
+    """
+
+    def __init__(self, split: Split, batches: Batches) -> None:
+        self.split, self.batches = split, batches
 
     def __getitem__(self, index: int) -> tuple[int, Example]:
-        return index, self.split.examples[index]
+        place = index if index >= 0 else -1 - index
+        if self.batches.seed is None or not self.split.draws:
+            return index, self.split.examples[place]
+        before = checkpoints.random_state()
+        drawn = np.random.SeedSequence([self.batches.seed, self.batches.epoch, place]).generate_state(1)
+        seed = int(drawn[0])
+        torch.default_generator.manual_seed(seed)
+        np.random.seed(seed)  # libraries that augment draw from it
+        random.seed(seed)
+        try:
+            return index, self.split.examples[place]
+        finally:
+            checkpoints.set_random_state(before)
 
     def __len__(self) -> int:
         return len(self.split)
@@ -257,6 +257,8 @@ class _Stage(lightning.LightningModule):
         self.model, self.schedule = model, schedule
         self.tokens = 0  # attended tokens that this rank trained on
         self.accumulation = 1  # forward passes per step
+        self._summed = torch.zeros(())  # the losses of a step's parts
+        self._expected = self._counted = 1.0  # units of a step: as its first part lets expect, and as they were
         self.steps_between_points = 1  # of the curves
         self.shown: dict[str, Tensor] = {}  # beside the progress bar
         self.strict_loading = False  # checkpoints lack what is frozen; `check` sees to it that they lack nothing else
@@ -265,31 +267,59 @@ class _Stage(lightning.LightningModule):
         """On a CPU it is where it should be. Lightning would search all of it for what it could move."""
         return batch if device.type == "cpu" else super().transfer_batch_to_device(batch, device, dataloader_idx)
 
-    def note(self, name: str, loss: Tensor, batch_idx: int) -> None:
-        """Show a loss in the progress bar, and now and then write it to the curves. Lightning's own `log` does that and
-        far more, in a millisecond of every step.
+    def weight(self, count: float, batch_idx: int) -> float:
+        """What to multiply a part's summed loss with, so that the gradient, averaged over ranks, is that of the mean
+        over all units of the step. Of a step in parts the first one lets expect how many there are; `correct` mends it.
         """
-        self.shown = {"loss": loss}
-        if (batch_idx + 1) % self.accumulation or (self.global_step + 1) % self.steps_between_points:
+        if batch_idx % self.accumulation == 0:
+            self._counted = 0.0
+            self._expected = max(1.0, summed_over_ranks(count, self.device)) * self.accumulation
+        self._counted += count
+        return world_size() / self._expected
+
+    def correct(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Divide the gradients of a step in parts by the units that it had."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if self.accumulation > 1 and gradients:
+            torch._foreach_mul_(gradients, self._expected / summed_over_ranks(self._counted, self.device))
+
+    def note(self, name: str, loss: Tensor, count: float, batch_idx: int) -> None:
+        """Show a part's mean loss in the progress bar, and now and then write the step's, over all ranks, to the
+        curves. Lightning's own `log` does that and far more, in a millisecond of every step.
+
+        Args:
+            loss: summed over `count` units.
+        """
+        self.shown = {"loss": loss / max(count, 1)}
+        part = batch_idx % self.accumulation
+        self._summed = loss if part == 0 else self._summed + loss
+        if part + 1 < self.accumulation or (self.global_step + 1) % self.steps_between_points:
             return
+        mean = summed_over_ranks(float(self._summed), self.device) / summed_over_ranks(self._counted, self.device)
         for logger in self.loggers:
-            logger.log_metrics({name: float(loss), "epoch": self.current_epoch}, step=self.global_step)
+            logger.log_metrics({name: mean, "epoch": self.current_epoch}, step=self.global_step)
+
+    def changed(self) -> dict[str, Tensor]:
+        """What this stage changes, by name."""
+        changed = {id(p) for group in self.trained() for p in group["params"]} | {id(b) for b in self.buffers_changed()}
+        return {name: tensor for name, tensor in self.state_dict(keep_vars=True).items() if id(tensor) in changed}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        changed = self._changed_names()
+        changed = self.changed()
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name in changed}
-        checkpoint["tokens"] = self.tokens
+        checkpoint["tokens"] = summed_over_ranks(self.tokens, self.device)
+        checkpoint["accumulation"] = self.accumulation
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.check(checkpoint)
-        self.tokens = int(checkpoint.get("tokens", 0))
+        self.check(checkpoint["state_dict"])
+        checkpoints.adapt(checkpoint, self.accumulation)
+        self.tokens = int(checkpoint["tokens"]) if rank() == 0 else 0
 
-    def check(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that holds more or less than this stage changes, or other shapes."""
-        found = {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()}
-        own = self.state_dict()
-        if found != {name: own[name].shape for name in self._changed_names()}:
+    def check(self, found: Mapping[str, Tensor]) -> None:
+        """Refuse tensors that are more or less than this stage changes, or of other shapes."""
+        own = {name: tensor.shape for name, tensor in self.changed().items()}
+        if {name: tensor.shape for name, tensor in found.items()} != own:
             raise HHBenchError("the checkpoint is of another model or of other settings: run without --resume")
 
     @abstractmethod
@@ -299,10 +329,6 @@ class _Stage(lightning.LightningModule):
     @abstractmethod
     def buffers_changed(self) -> Iterable[Tensor]:
         """The buffers that may differ after this stage."""
-
-    def _changed_names(self) -> set[str]:
-        changed = {id(p) for group in self.trained() for p in group["params"]} | {id(b) for b in self.buffers_changed()}
-        return {name for name, tensor in self.state_dict(keep_vars=True).items() if id(tensor) in changed}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.AdamW(
@@ -327,7 +353,8 @@ class TrainStage(_Stage):
 
     def __init__(self, task: Task, model: nn.Module, data: TaskData, config: RunConfig, schedule: Schedule) -> None:
         super().__init__(model, schedule)
-        self.task = task
+        self.task, self.config = task, config
+        self._looked = False
         self.measures = task.metrics(data, config)
         self.score_name = task.dataset(str(config.dataset)).score
         self.metrics: dict[str, float] = {}
@@ -342,15 +369,67 @@ class TrainStage(_Stage):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         out = self.task.step(self.model, batch)
-        self.tokens += attended_tokens(batch)
-        everywhere = summed_over_ranks(out.count, self.device)
-        loss = out.loss * (world_size() / everywhere)  # DDP divides the gradients' sum by the world size
+        self.tokens += attended_tokens(batch) if _counts(batch) else 0
+        count = out.count if _counts(batch) else 0
+        weight = self.weight(count, batch_idx) * bool(count)
+        loss = out.loss * (weight * self.accumulation)  # Lightning divides by the parts of a step
         if not torch.isfinite(loss):
             raise HHBenchError(
-                f"the loss is {float(loss.detach())} at step {self.global_step}: try a lower --lr or precision 32-true"
+                f"the loss is {float(loss.detach())} at step {self.global_step}: {self._origin(batch)}; try a lower "
+                "--lr or precision 32-true"
             )
-        self.note("train/loss", loss.detach(), batch_idx)
+        self.note("train/loss", out.loss.detach() * bool(count), count, batch_idx)
         return loss
+
+    def _origin(self, batch: Batch) -> str:
+        """Where a loss that is no number comes from."""
+        for name, parameter in self.model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                return f"the weights {name} are not finite"
+        found: list[str] = []
+
+        def look(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+                tensors = output if isinstance(output, tuple | list) else (output,)
+                if any(isinstance(t, Tensor) and t.is_floating_point() and not t.isfinite().all() for t in tensors):
+                    found.append(name or "the model")
+
+            return hook
+
+        handles = [module.register_forward_hook(look(name)) for name, module in self.model.named_modules()]
+        try:
+            with torch.no_grad():
+                self.task.step(self.model, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return f"the output of {found[0]} is not finite" if found else "every layer's output is finite"
+
+    def on_after_backward(self) -> None:
+        """Name what the loss doesn't reach, once. Under DDP it would wait for these gradients for ever."""
+        if self._looked:
+            return
+        self._looked = True
+        unused = [name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
+        if not unused:
+            return
+        named = (
+            f"{len(unused)} parameters take no part in the loss: {', '.join(unused[:5])}{', ...' * (len(unused) > 5)}"
+        )
+        if world_size() > 1 and not self.config.find_unused_parameters:
+            raise HHBenchError(f"{named}. Freeze them, or add --find-unused-parameters, which costs time")
+        if rank() == 0:
+            log.warning("%s", named)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.correct(p for group in optimizer.param_groups for p in group["params"])
+
+    def on_test_start(self) -> None:
+        stopping.heed()
+
+    def on_test_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if world_size() == 1:  # ranks may test unequal numbers of batches: they agree on nothing here
+            stopping.stop(stopping.noted(), "while testing")
 
     def _start(self) -> None:
         self.measures.reset()
@@ -443,21 +522,20 @@ class TransferStage(_Stage):
             optimizer.zero_grad()  # type: ignore[union-attr]
         draw = (self.global_step * self.accumulation + part) * world_size() + rank()
         self.draws.manual_seed((torch.initial_seed() + 1_000_003 * draw) % 2**63)
-        queries = attended_tokens(batch)
+        queries = attended_tokens(batch) if _counts(batch) else 0
         self.tokens += queries
-        everywhere = summed_over_ranks(queries, self.device)
-        weight = world_size() / (len(self.taught) * everywhere * self.accumulation)
+        weight = self.weight(queries, batch_idx) * bool(queries) / len(self.taught)
         for loss in self.losses.values():
             loss.weight = weight
         with torch.no_grad(), intercepted(self.model, dict(self.losses)):
             encode(self.model, batch["inputs"])
-        total = torch.stack([self.losses[name].total for name in self.taught]).mean() / queries
+        total = torch.stack([self.losses[name].total for name in self.taught]).mean() * bool(queries)
         if not torch.isfinite(total):
             raise HHBenchError(
                 f"the transfer loss is {float(total)} at step {self.global_step}: try a lower --transfer-lr or "
                 "precision 32-true"
             )
-        self.note("transfer/loss", total, batch_idx)
+        self.note("transfer/loss", total, queries, batch_idx)
         if (batch_idx + 1) % self.accumulation:
             return
         parameters = attention_parameters(self.model)
@@ -467,6 +545,7 @@ class TransferStage(_Stage):
                     parameter.grad = torch.zeros_like(parameter)
                 torch.distributed.all_reduce(parameter.grad)
                 parameter.grad /= world_size()
+        self.correct(parameters)
         if self.schedule.clip:
             torch.nn.utils.clip_grad_norm_(parameters, self.schedule.clip)
         optimizer.step()  # type: ignore[union-attr]
@@ -485,6 +564,11 @@ def encode(model: nn.Module, inputs: Batch) -> None:
 @functools.cache
 def _parameters(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
+
+
+def _counts(batch: Batch) -> bool:
+    """Whether a batch is one of the epoch's, and not there for a rank alone that has no share. See `Batches`."""
+    return int(batch["index"][0]) >= 0
 
 
 def attended_tokens(batch: Batch) -> int:
@@ -541,100 +625,27 @@ class _Clock(Callback):
         self.seconds, self._since = self.seconds + time.perf_counter() - self._since, 0.0
 
 
-class _Checkpoints(Callback):
-    """Keeps `last.ckpt`, every few minutes, on Ctrl-C and on SIGTERM: whatever ends a stage, it can go on.
+class _Best(Callback):
+    """Remembers the weights of the best validation. A checkpoint holds them too, so that both are of one moment."""
 
-    It is written aside and then renamed, between two optimizer steps, with the state of torch's generators: what is
-    dropped out after it is what would have been.
-
-    Args:
-        path: of the checkpoint.
-        accumulation: batches per optimizer step.
-    """
-
-    def __init__(self, path: Path, accumulation: int) -> None:
-        self.path, self.accumulation = path, accumulation
-        self._saved = 0.0
-        self._generators: dict[str, Tensor] = {}  # as they were between the last two steps
-        self._resumed: dict[str, Tensor] = {}
+    def __init__(self, monitor: str, *, higher_is_better: bool) -> None:
+        self.monitor, self.higher_is_better = monitor, higher_is_better
+        self.score: float | None = None
+        self.weights: dict[str, Tensor] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(self._generators)
+        return {"score": self.score, "weights": self.weights}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._resumed = state_dict
+        self.score, self.weights = state_dict["score"], state_dict["weights"]
 
-    def on_train_start(self, *args: Any) -> None:
-        self._saved = time.monotonic()
-
-    def on_train_batch_start(
-        self, trainer: lightning.Trainer, module: lightning.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if batch_idx % self.accumulation:
-            return
-        _set_generators(self._resumed)
-        self._resumed, self._generators = {}, _generators()
-        # Validation and the order of a new epoch lie behind: nothing is between this and the step.
-        due = rank() == 0 and time.monotonic() - self._saved >= SECONDS_BETWEEN_CHECKPOINTS
-        if summed_over_ranks(float(due), module.device) and trainer.global_step:
-            self._save(trainer)
-
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if (batch_idx + 1) % self.accumulation == 0:
-            self._generators = _generators()
-
-    def on_validation_end(self, *args: Any) -> None:
-        self._generators = _generators()
-
-    def on_exception(
-        self, trainer: lightning.Trainer, module: lightning.LightningModule, exception: BaseException
-    ) -> None:
-        if isinstance(exception, KeyboardInterrupt | SIGTERMException) and trainer.global_step:
-            self._save(trainer)
-
-    def _save(self, trainer: lightning.Trainer) -> None:
-        # Lightning counts the batch that is under way, and would validate a step early ever after; gradients of a step
-        # that was begun are lost, so that all its batches are to come again.
-        progress = trainer.fit_loop.epoch_loop.batch_progress
-        kept = progress.state_dict()
-        begun = progress.current.completed % self.accumulation
-        for counts in (progress.current, progress.total):
-            counts.completed -= begun
-        progress.total.ready = progress.total.completed
-        aside = self.path.with_suffix(".part")
-        try:
-            trainer.save_checkpoint(aside)
-            if rank() == 0:
-                aside.replace(self.path)
-        except OSError as error:  # a full disk costs the checkpoint, not the run
-            log.warning("%s can't be written: %s", self.path, error)
-            aside.unlink(missing_ok=True)
-            barrier()  # the others wait in save_checkpoint
-        progress.load_state_dict(kept)
-        self._saved = time.monotonic()
-
-
-def _generators() -> dict[str, Tensor]:
-    asked = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # `is_available` would ask the driver
-    cuda = {"cuda": torch.cuda.get_rng_state()} if asked else {}
-    return {"cpu": torch.get_rng_state(), **cuda}
-
-
-def _set_generators(states: dict[str, Tensor]) -> None:
-    if "cpu" in states:
-        torch.set_rng_state(states["cpu"].cpu())
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"].cpu())
-
-
-def _skip_taken(batches: Batches, checkpoint: Path) -> None:
-    """Have the epoch that was interrupted go on where it was: Lightning would start it afresh."""
-    loops = torch.load(checkpoint, map_location="cpu", weights_only=True)["loops"]["fit_loop"]
-    epoch = loops["epoch_progress"]["current"]["processed"]
-    batches.set_epoch(epoch)
-    batches.taken = {epoch: loops["epoch_loop.batch_progress"]["current"]["completed"]}
+    def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        assert isinstance(module, TrainStage)
+        score = module.metrics[self.monitor]
+        better = self.score is None or (score > self.score if self.higher_is_better else score < self.score)
+        if better and math.isfinite(score):
+            self.score = score
+            self.weights = {name: t.detach().to("cpu", copy=True) for name, t in module.changed().items()}
 
 
 def fit(
@@ -649,11 +660,23 @@ def fit(
 ) -> StageReport:
     """Train one stage; with a validation loader, the model ends with the weights of its best epoch.
 
+    With `config.resume` it goes on from its newest good checkpoint; a stage that was finished isn't trained again.
+
     Args:
-        folder: for checkpoints and curves. A stage leaves `last.ckpt` there when it is interrupted, and every few
-            minutes before that; `config.resume` goes on from it.
+        folder: for checkpoints and curves. What the stage leaves there, `checkpoints.forget` removes.
         title: what the progress bar says.
+
+    Raises:
+        Stopped: a signal came; a checkpoint is kept.
     """
+    if config.resume and (kept := checkpoints.load_finished(folder)):
+        log.info("%s was finished", title)
+        stage.check(kept[0])
+        stage.load_state_dict(kept[0], strict=False)
+        return StageReport(**kept[1])
+    if not config.resume:
+        checkpoints.forget(folder)
+    stopping.stop_between_stages(f"before it began to {title}")
     batches_per_step = _accumulation(config)
     steps = math.ceil(stage.schedule.epochs * len(train) / batches_per_step)
     if steps == 0:
@@ -662,21 +685,12 @@ def fit(
     validations = math.ceil(stage.schedule.epochs)
     steps = validations * math.ceil(steps / validations)
     stage.accumulation, stage.steps_between_points = batches_per_step, max(1, min(50, steps // 10))
-    last = folder / "last.ckpt"
     clock = _Clock()
-    callbacks: list[Callback] = [Progress(title, steps), clock, _Checkpoints(last, batches_per_step)]
+    callbacks: list[Callback] = [Progress(title, steps), clock, Checkpoints(folder, batches_per_step)]
     best = None
     if validation is not None:
         assert isinstance(stage, TrainStage)
-        best = ModelCheckpoint(
-            dirpath=folder,
-            filename="best",
-            monitor=f"val/{stage.score_name}",
-            mode="max" if higher_is_better else "min",
-            save_weights_only=True,
-            save_on_train_epoch_end=False,
-            enable_version_counter=False,  # one file: an older one may be what a resumed run falls back on
-        )
+        best = _Best(stage.score_name, higher_is_better=higher_is_better)
         callbacks.append(best)
     with _quiet():
         trainer = _trainer(
@@ -689,29 +703,25 @@ def fit(
             gradient_clip_val=stage.schedule.clip or None if isinstance(stage, TrainStage) else None,
             callbacks=callbacks,
             logger=_logger(config, folder),
-            enable_checkpointing=True,
+            enable_checkpointing=False,
             log_every_n_steps=stage.steps_between_points,
         )
-        resume = str(last) if config.resume and last.exists() else None
-        if resume:
-            log.info("continuing %s from %s", title, last)
+        resume = checkpoints.newest(folder, "step", ".ckpt") if config.resume else None
+        if resume is not None:
+            log.info("continuing to %s from %s", title, resume)
             assert isinstance(train.batch_sampler, Batches)
-            _skip_taken(train.batch_sampler, last)
+            epoch, taken = checkpoints.steps_taken(checkpoints.load(resume))
+            # Lightning would start the epoch that was interrupted afresh.
+            train.batch_sampler.set_epoch(epoch)
+            train.batch_sampler.taken = {epoch: taken * batches_per_step}
         with _interruptible():
             trainer.fit(stage, train, validation, ckpt_path=resume, weights_only=True)
-    if best is not None and best.best_model_path:
-        kept = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
-        stage.check(kept)
-        stage.load_state_dict(kept["state_dict"], strict=False)
-    barrier()
-    if rank() == 0:
-        for path in (*folder.glob("*.ckpt"), last.with_suffix(".part")):
-            path.unlink(missing_ok=True)
-    tokens = int(
-        summed_over_ranks(stage.tokens, torch.device("cpu") if not torch.cuda.is_available() else stage.device)
-    )
-    score = None if best is None or best.best_model_score is None else float(best.best_model_score)
-    return StageReport(clock.seconds, tokens, steps, score)
+    if best is not None and best.weights:
+        stage.load_state_dict(best.weights, strict=False)
+    tokens = int(summed_over_ranks(stage.tokens, stage.device))
+    report = StageReport(clock.seconds, tokens, steps, None if best is None else best.score)
+    checkpoints.save_finished(folder, stage.changed(), dataclasses.asdict(report))
+    return report
 
 
 def evaluate(
@@ -721,12 +731,7 @@ def evaluate(
     with _quiet(), _interruptible():
         trainer = _trainer(config, callbacks=[Progress(title, len(batches))], logger=False, enable_checkpointing=False)
         trainer.test(stage, batches, verbose=False)
-    scores = stage.scores
-    if world_size() > 1:
-        parts: list[dict[int, float]] = [{} for _ in range(world_size())]
-        torch.distributed.all_gather_object(parts, scores)
-        scores = {index: score for part in parts for index, score in part.items()}
-    return stage.metrics, scores
+    return stage.metrics, {index: score for part in gathered(stage.scores) for index, score in part.items()}
 
 
 def _trainer(config: RunConfig, **arguments: Any) -> lightning.Trainer:
@@ -736,13 +741,16 @@ def _trainer(config: RunConfig, **arguments: Any) -> lightning.Trainer:
         # Buffers are seeded alike on every rank; ranks may test unequal numbers of batches, which a broadcast would
         # wait for.
         strategy = DDPStrategy(
-            broadcast_buffers=False, process_group_backend="gloo" if config.accelerator == "cpu" else None
+            broadcast_buffers=False,
+            find_unused_parameters=config.find_unused_parameters,
+            process_group_backend="gloo" if config.accelerator == "cpu" else None,
         )
     return lightning.Trainer(
         accelerator=config.accelerator,
         devices=config.devices,
         num_nodes=config.num_nodes,
         strategy=strategy,
+        plugins=_environment() if parallel else LightningEnvironment(),
         precision=config.precision,  # type: ignore[arg-type]
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
@@ -750,6 +758,13 @@ def _trainer(config: RunConfig, **arguments: Any) -> lightning.Trainer:
         enable_model_summary=False,
         **arguments,
     )
+
+
+def _environment() -> ClusterEnvironment:
+    """How Lightning is to find the ranks. Its own search sees a Slurm job where there is one process alone, and would
+    requeue it wherever a signal comes.
+    """
+    return SLURMEnvironment(auto_requeue=False) if launched().by == "Slurm" else TorchElasticEnvironment()
 
 
 def _logger(config: RunConfig, folder: Path) -> Logger | bool:

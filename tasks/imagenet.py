@@ -335,12 +335,12 @@ def _images(config: RunConfig) -> TaskData:
     order = torch.randperm(len(train_rows), generator=torch.Generator().manual_seed(0)).tolist()
     held = max(1, min(len(order) // 10, 10_000))
 
-    def split(rows: Any, indices: list[int], transform: Any, limit: int | None) -> Split:
+    def split(rows: Any, indices: list[int], transform: Any, limit: int | None, *, draws: bool = False) -> Split:
         indices = indices[: limit or None]
-        return Split(Transformed(rows, indices, transform), [inputs.num_tokens] * len(indices))
+        return Split(Transformed(rows, indices, transform), [inputs.num_tokens] * len(indices), draws)
 
     return TaskData(
-        train=split(train_rows, order[held:], inputs.train, config.train_examples),
+        train=split(train_rows, order[held:], inputs.train, config.train_examples, draws=True),
         validation=split(train_rows, order[:held], inputs.test, config.test_examples),
         tests={"test": split(test_rows, list(range(len(test_rows))), inputs.test, config.test_examples)},
         collate=Collate(inputs.num_tokens, inputs.name, inputs.extra),

@@ -366,7 +366,7 @@ def test_an_interrupted_conversion_ends_where_an_undisturbed_one_does(convert, t
     assert (code, out) == (130, "")
     assert err.splitlines()[-1].endswith("run the same command to go on.")
     assert not (tmp_path / "cut").exists()
-    assert [path.name for path in (tmp_path / "runs").rglob("last.ckpt")] == ["last.ckpt"]
+    assert len(list((tmp_path / "runs").rglob("step-*.ckpt"))) == 1
     code, out, err = convert(*command, "--to", tmp_path / "cut")
     made, resumed = check_done((code, out, err))
     assert ("transfer was finished" in err) == (stage == "finetuning")
@@ -400,7 +400,7 @@ def test_ctrl_c_in_a_process_of_its_own(convert, home, tmp_path):
     assert (running.returncode, out) == (130, ""), err
     assert "Traceback" not in err
     assert err.splitlines()[-1] == ("hhbench: interrupted. What is done is kept: run the same command to go on.")
-    assert len(list((tmp_path / "runs").rglob("last.ckpt"))) == 1
+    assert len(list((tmp_path / "runs").rglob("step-*.ckpt"))) == 1
     assert not (tmp_path / "model").exists()
 
 

@@ -579,7 +579,7 @@ def test_a_resumed_run_ends_where_an_undisturbed_one_does(tmp_path, interrupt_at
     with pytest.raises(KeyboardInterrupt):
         execute(config)
     assert not list((tmp_path / "cut").rglob("result.json"))
-    assert [path.name for path in (tmp_path / "cut").rglob("last.ckpt")] == ["last.ckpt"]
+    assert len(list((tmp_path / "cut").rglob("step-*.ckpt"))) == 1
     made = execute(dataclasses.replace(config, resume=True))[0]
     assert made.key == whole.key
     assert made.teacher == whole.teacher

@@ -1,0 +1,83 @@
+"""Being told to stop: a cluster's signal is noted, and heeded where all ranks can save a checkpoint together.
+
+SIGUSR1 says that the job's time is nearly over: it is to start again. SIGTERM says to end. Neither interrupts a step.
+"""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Final
+
+from hhbench.errors import HHBenchError
+from hhbench.ranks import requeue, summed_over_ranks
+
+CODE: Final = 75  # exit code: stopped, run it again. BSD's sysexits call it a temporary failure.
+SIGNALS: Final = (signal.SIGUSR1, signal.SIGTERM)
+
+_received: set[int] = set()
+
+
+class Stopped(HHBenchError):  # noqa: N818  # it is no error
+    """A signal ended the run where it can go on. `again`: a cluster was told that it is to be started again."""
+
+    exit_code = CODE
+
+    def __init__(self, message: str, *, again: bool) -> None:
+        super().__init__(message)
+        self.again = again
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    del frame
+    _received.add(number)
+
+
+def heed() -> None:
+    """Note the signals from here on. Libraries install handlers of their own: this is said again after them."""
+    if threading.current_thread() is threading.main_thread():  # Python lets no other one
+        for number in SIGNALS:
+            signal.signal(number, _note)
+
+
+@contextlib.contextmanager
+def heeding() -> Iterator[None]:
+    """Note the signals inside, and forget them after it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    heed()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _received.clear()
+
+
+def noted() -> int:
+    """What this process was told, as a number that may be summed over ranks; 0 = nothing."""
+    return 1 * (signal.SIGTERM in _received) + 1_000_000 * (signal.SIGUSR1 in _received)
+
+
+def stop(told: float, where: str) -> None:
+    """End here if any rank was told to.
+
+    Args:
+        told: `noted`, summed over ranks.
+        where: what is kept, for the message.
+
+    Raises:
+        Stopped: it was; asked to start again, Slurm has been told to.
+    """
+    if told:
+        _received.clear()
+        again = told >= 1_000_000 and requeue()
+        raise Stopped(f"stopped by a signal {where}" + ("; Slurm starts it again" if again else ""), again=again)
+
+
+def stop_between_stages(where: str) -> None:
+    """`stop`, where every rank passes at the same time."""
+    stop(summed_over_ranks(float(noted())), where)

@@ -1,0 +1,437 @@
+"""A grid as jobs: the folder that holds them, what they will cost, and how far they are.
+
+    OUT/submissions/ID/
+      submission.json          what was submitted
+      trials/NNNN.yaml         the config of each trial; teachers/NNNN.yaml, of each teacher that several share
+      trials.sh teachers.sh    the scripts; or torchrun.sh
+      results/NNNN             where the trial's result lies, once it is done; NNNN.failed: why it failed
+      logs/                    what they say
+
+A trial's checkpoints and its result lie below OUT, in the folder of its key, as those of any run: what another
+submission, a sweep or a run has done is done.
+"""
+
+import contextlib
+import dataclasses
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict
+
+import yaml
+
+from hhbench import slurm, torchrun
+from hhbench.config import RunConfig
+from hhbench.errors import HHBenchError, UsageError, unknown_name
+from hhbench.result import Result, checked, find, load, write
+
+if TYPE_CHECKING:
+    from hhbench.grid import Trial
+
+Word = Literal["done", "failed", "running", "pending", "stopped"]
+WORDS: Final[tuple[Word, ...]] = ("done", "failed", "running", "pending", "stopped")
+RECORD: Final = "submission.json"
+SEEDS: Final = ("seed", "teacher_seed")
+LONGEST_MESSAGE: Final = 10_000  # of a failure, in characters
+
+
+class Titled(TypedDict):
+    """What a person calls a trial, and the name of its files when it is collected."""
+
+    name: str
+    title: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What submission.json says. `out` is where results lie."""
+
+    schema: int
+    on: str
+    created: str
+    nodes: int
+    devices: int
+    trials: list[Titled]
+    teachers: list[Titled]
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A grid that was submitted, in its folder."""
+
+    folder: Path
+    record: Record
+
+    @property
+    def id(self) -> str:
+        return self.folder.name
+
+    @property
+    def jobs(self) -> tuple[str, str]:
+        """The names of its jobs in Slurm: the teachers', the trials'."""
+        return f"hhbench-{self.id}-teachers", f"hhbench-{self.id}"
+
+    def told(self, index: int) -> Path:
+        """The file that holds the path of a trial's result."""
+        return self.folder / "results" / _number(index)
+
+    def log(self, index: int) -> Path:
+        return self.folder / "logs" / f"trial-{_number(index)}.log"
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A submission before anything is written or sent.
+
+    Attributes:
+        trials: all of the grid's.
+        done: the results that are there already, by trial's name.
+        teachers: to be trained before the trials.
+        on_gpus: whether the trials ask for GPUs, where the cluster has some.
+    """
+
+    submission: Submission
+    trials: "Sequence[Trial]"
+    done: Mapping[str, Result]
+    teachers: "Sequence[Trial]"
+    workdir: Path
+    on_gpus: bool
+
+    @property
+    def missing(self) -> list[int]:
+        """The indices of the trials that are to be run."""
+        return [i for i, trial in enumerate(self.trials) if trial.name not in self.done]
+
+    # ---- its scripts -------------------------------------------------------------------------------------------
+
+    def slurm_scripts(self, profile: slurm.ClusterProfile) -> dict[str, str]:
+        """By file name, in the order in which they are sent."""
+        folder, record = self.submission.folder, self.submission.record
+
+        def array(kind: str, name: str, indices: Sequence[int], told: str, *flags: str) -> slurm.Array:
+            return slurm.Array(
+                name=name,
+                configs=folder / kind,
+                told=f"{folder}/results/{told}",
+                logs=f"{folder}/logs/{kind.removesuffix('s')}-",
+                indices=indices,
+                nodes=record.nodes,
+                devices=record.devices,
+                on_gpus=self.on_gpus,
+                workdir=self.workdir,
+                flags=["--allow-code", *flags],
+            )
+
+        teachers, trials = self.submission.jobs
+        scripts = {}
+        if self.teachers:
+            every = range(len(self.teachers))
+            scripts["teachers.sh"] = slurm.script(
+                array("teachers", teachers, every, "teacher-", "--teacher-only"), profile
+            )
+        scripts["trials.sh"] = slurm.script(array("trials", trials, self.missing, ""), profile)
+        return scripts
+
+    def torchrun_script(self, hosts: Sequence[str]) -> str:
+        folder = self.submission.folder
+        works = [
+            torchrun.Work(
+                config=folder / "teachers" / f"{_number(i)}.yaml",
+                told=folder / "results" / f"teacher-{_number(i)}",
+                log=folder / "logs" / f"teacher-{_number(i)}.log",
+                flags=["--allow-code", "--teacher-only"],
+            )
+            for i in range(len(self.teachers))
+        ]
+        works += [
+            torchrun.Work(
+                config=folder / "trials" / f"{_number(i)}.yaml",
+                told=self.submission.told(i),
+                log=self.submission.log(i),
+                flags=["--allow-code"],
+            )
+            for i in self.missing
+        ]
+        return torchrun.script(works, hosts=hosts, devices=self.submission.record.devices, workdir=self.workdir)
+
+    def write(self, scripts: Mapping[str, str]) -> None:
+        """Write the folder.
+
+        Raises:
+            HHBenchError: it can't be written.
+        """
+        folder = self.submission.folder
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            for place in (folder, *(folder / name for name in ("trials", "teachers", "results", "logs"))):
+                place.mkdir()
+            for kind, trials in (("trials", self.trials), ("teachers", self.teachers)):
+                for i, trial in enumerate(trials):
+                    (folder / kind / f"{_number(i)}.yaml").write_text(_yaml(trial.config), encoding="utf-8")
+            paths = _paths(self.trials[0].config.out) if self.done else {}
+            for i, trial in enumerate(self.trials):
+                if trial.name in self.done:
+                    self.submission.told(i).write_text(str(paths[self.done[trial.name].key]))
+            for name, text in scripts.items():
+                (folder / name).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise HHBenchError(f"can't write {folder}: {error.strerror or error}") from error
+        values = json.dumps(dataclasses.asdict(self.submission.record), indent=1, ensure_ascii=False)
+        write(folder / RECORD, values.encode())
+
+    # ---- what it will cost -------------------------------------------------------------------------------------
+
+    def lines(self, profile: slurm.ClusterProfile | None) -> list[str]:
+        """What is submitted and what it costs at most, for a person.
+
+        Args:
+            profile: of the cluster; None without one, where nothing limits the time.
+        """
+        record, missing, teachers = self.submission.record, len(self.missing), len(self.teachers)
+        done = len(self.trials) - missing
+        world = record.nodes * record.devices
+        size = f"{_count(record.nodes, 'node')} x {_count(record.devices, 'device')}"
+        lines = [
+            f"{_count(len(self.trials), 'trial')}: {done} done already, {missing} to run"
+            + (f"; {_count(teachers, 'shared teacher')} first" if teachers else "")
+        ]
+        if profile is not None:
+            jobs = 1 + bool(teachers)
+            throttle = f", at most {profile.throttle} at a time" if profile.throttle else ""
+            limit = (missing + teachers) * world * profile.seconds / 3600
+            lines += [
+                f"{_count(jobs, 'array job')} of {_count(missing + teachers, 'task')} on {size}{throttle}, "
+                f"{profile.time} for each start",
+                f"GPU-hours: at most {limit:,.1f} by the time limit, if no task is started again; {self._estimate()}",
+            ]
+        else:
+            lines += [f"one after the other on {size}", f"GPU-hours: {self._estimate()}"]
+        return [*lines, f"memory: {self._memory()}"]
+
+    def _estimate(self) -> str:
+        """Device-hours, by earlier results that differ in nothing but their seeds."""
+        earlier: dict[str, list[float]] = {}
+        for result in self._earlier:
+            spent = sum(result.cost["seconds"].values()) * result.environment["world_size"]
+            earlier.setdefault(_apart_from_seeds(result.identity["settings"]), []).append(spent)
+        alike = [earlier.get(_apart_from_seeds(self.trials[i].plan.settings)) for i in self.missing]
+        known = [fmean(seconds) for seconds in alike if seconds]
+        if not known:
+            return "no earlier result with the same settings to go by"
+        return f"about {sum(known) / 3600:,.2g} by earlier results, which {len(known)} of {len(alike)} trials have"
+
+    def _memory(self) -> str:
+        """The largest peak among earlier results of the same tasks, models and lengths."""
+
+        def kind(settings: Mapping[str, Any]) -> tuple[Any, ...]:
+            return tuple(settings.get(name) for name in ("task", "preset", "regime", "model", "max_len"))
+
+        wanted = {kind(self.trials[i].plan.settings) for i in self.missing}
+        alike = [r for r in self._earlier if kind(r.identity["settings"]) in wanted]
+        if not alike:
+            return "not known: no earlier result with the same task, model and length"
+        most = max(alike, key=lambda result: result.cost["peak_memory_mb"])
+        lacking = len(wanted - {kind(r.identity["settings"]) for r in alike})
+        where = most.environment
+        return (
+            f"about {most.cost['peak_memory_mb'] / 1000:,.1f} GB for each device: the largest peak of "
+            f"{_count(len(alike), 'earlier result')} with the same task, model and length "
+            f"({most.attention['label']} on {where['world_size']} x {where['device']})"
+            + (f"; {lacking} of {len(wanted)} such groups have none" if lacking else "")
+        )
+
+    @cached_property
+    def _earlier(self) -> list[Result]:
+        out = self.trials[0].config.out
+        return find(out)[0] if out.is_dir() else []
+
+
+def draft(
+    trials: "Sequence[Trial]",
+    done: Mapping[str, Result],
+    teachers: "Sequence[Trial]",
+    *,
+    on: str,
+    workdir: Path,
+) -> Draft:
+    """A submission of these trials, with a folder of its own that nothing is in yet."""
+    config = trials[0].config
+    now = datetime.now(UTC)
+    name = f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+    record = Record(
+        schema=1,
+        on=on,
+        created=now.isoformat(timespec="seconds"),
+        nodes=config.num_nodes,
+        devices=config.devices,
+        trials=[Titled(name=trial.name, title=trial.title) for trial in trials],
+        teachers=[Titled(name=trial.name, title=trial.title) for trial in teachers],
+    )
+    return Draft(
+        Submission(config.out.absolute() / "submissions" / name, record),
+        [_with_absolute_out(trial) for trial in trials],
+        done,
+        [_with_absolute_out(trial) for trial in teachers],
+        workdir,
+        on_gpus=config.accelerator not in ("cpu", "mps"),
+    )
+
+
+def _with_absolute_out(trial: "Trial") -> "Trial":
+    return dataclasses.replace(trial, config=dataclasses.replace(trial.config, out=trial.config.out.absolute()))
+
+
+def _paths(out: Path) -> dict[str, Path]:
+    """The files of the results below a folder, by key."""
+    found = {}
+    for path in sorted(out.rglob("*result.json")):
+        with contextlib.suppress(HHBenchError):
+            found[load(path).key] = path
+    return found
+
+
+def _yaml(config: RunConfig) -> str:
+    values = {name: value for name, value in config.as_dict().items() if value not in (None, [], {}, False)}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _apart_from_seeds(settings: Mapping[str, Any]) -> str:
+    return json.dumps({name: v for name, v in settings.items() if name not in SEEDS}, sort_keys=True)
+
+
+def _number(index: int) -> str:
+    return f"{index:04d}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+# ---- how far it is ---------------------------------------------------------------------------------------------
+
+
+def find_submission(out: Path, given: str | None) -> Submission:
+    """The submission that a user means: by its folder, its id, the start of its id; the latest if none is named.
+
+    Raises:
+        UsageError: there is none, or it isn't one.
+    """
+    if given is not None and (Path(given) / RECORD).is_file():
+        return _read(Path(given).absolute())
+    folder = out / "submissions"
+    known = sorted(path.parent.name for path in folder.glob(f"*/{RECORD}"))
+    if not known:
+        raise UsageError(f"no submission below {folder}; hhbench submit makes them, and --out says where to look")
+    fitting = known[-1:] if given is None else [name for name in known if name.startswith(given)]
+    if not fitting:
+        raise unknown_name("submission", str(given), known)
+    if len(fitting) > 1:
+        raise UsageError(f"{given!r} begins {len(fitting)} submissions: {', '.join(fitting[:5])}")
+    return _read((folder / fitting[0]).absolute())
+
+
+def _read(folder: Path) -> Submission:
+    path = folder / RECORD
+    try:
+        record: Record = checked(json.loads(path.read_text(encoding="utf-8")), Record, "")
+        for trial in (*record.trials, *record.teachers):
+            if not trial["name"] or "/" in trial["name"] or trial["name"].startswith("."):
+                raise HHBenchError(f"{trial['name']!r} is no file's name")
+    except (OSError, ValueError, RecursionError) as error:
+        raise HHBenchError(f"{path} can't be read: {error}") from error
+    except HHBenchError as error:
+        raise HHBenchError(f"{path}: {error}") from error
+    return Submission(folder, record)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a trial is.
+
+    Attributes:
+        result: of a trial that is done.
+        note: why it failed, waits or stopped; empty where there is nothing to say.
+    """
+
+    index: int
+    trial: Titled
+    word: Word
+    note: str = ""
+    result: Result | None = None
+
+
+def progress(submission: Submission) -> list[Progress]:
+    """How far each trial is: by the files that the trials leave, and for the others by Slurm's queue.
+
+    Raises:
+        HHBenchError: Slurm isn't here or doesn't answer.
+    """
+    queue = slurm.standings(submission.jobs[1]) if submission.record.on == "slurm" else {}
+    return [_progress(submission, i, trial, queue.get(i)) for i, trial in enumerate(submission.record.trials)]
+
+
+def _progress(submission: Submission, index: int, trial: Titled, standing: slurm.Standing | None) -> Progress:
+    told = submission.told(index)
+    damaged = ""
+    if told.is_file():
+        try:
+            result = load(Path(told.read_text(encoding="utf-8").strip()))
+            return Progress(index, trial, "done", f"{result.score.name} {result.score.value:.4g}", result)
+        except HHBenchError as error:
+            damaged = str(error)
+    if standing is not None and standing.alive:
+        if standing.state in slurm.RUNNING:
+            return Progress(index, trial, "running", f"job {standing.job}")
+        return Progress(index, trial, "pending", standing.reason)
+    if failure := _failure(told):
+        return Progress(index, trial, "failed", failure)
+    if submission.record.on != "slurm":
+        return Progress(index, trial, "stopped" if damaged else "pending", damaged or "no result yet")
+    log = submission.log(index)
+    said = f"see {log}" if log.is_file() else "it never started"
+    state = standing.state if standing else ""
+    if state in ("FAILED", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL"):
+        return Progress(index, trial, "failed", damaged or f"{state} in Slurm's words; {said}")
+    return Progress(
+        index, trial, "stopped", damaged or f"{state or 'not in the queue any more'}, without a result; {said}"
+    )
+
+
+def failures_of_teachers(submission: Submission) -> list[tuple[Titled, str]]:
+    """The shared teachers whose training failed, and why."""
+    found = []
+    for i, teacher in enumerate(submission.record.teachers):
+        if failure := _failure(submission.folder / "results" / f"teacher-{_number(i)}"):
+            found.append((teacher, failure))
+    return found
+
+
+def _failure(told: Path) -> str:
+    """The one line that a failed run left."""
+    try:
+        text = told.with_name(f"{told.name}.failed").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    return " ".join(text[:LONGEST_MESSAGE].split()) or "without a word"
+
+
+def collect(trials: Sequence[Progress], folder: Path) -> list[Path]:
+    """Copy the results of what is done into a folder, each whole and checked, and return their paths.
+
+    Raises:
+        HHBenchError: the folder can't be written.
+    """
+    done = [trial for trial in trials if trial.result is not None]
+    return [
+        write(
+            folder / f"{trial.trial['name']}.result.json",
+            (json.dumps(trial.result.as_dict(), indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode(),
+        )
+        for trial in done
+        if trial.result is not None
+    ]

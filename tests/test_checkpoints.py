@@ -1,0 +1,370 @@
+"""What an interrupted stage goes on from, and that it ends as if nothing had happened."""
+
+import contextlib
+import copy
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stand import (
+    SCHEDULE,
+    RecordedTransfer,
+    Stand,
+    assert_equal,
+    child_environment,
+    make_schedule,
+)
+
+from hhbench import checkpoints, hosts
+from hhbench.errors import HHBenchError
+from hhbench.stopping import Stopped
+from hhbench.task import Batch
+
+
+def last(folder: Path) -> dict[str, Any]:
+    """The newest checkpoint of a stage."""
+    path = checkpoints.newest(folder, "step", ".ckpt")
+    assert path is not None
+    return checkpoints.load(path)
+
+
+def test_an_interrupted_stage_goes_on_from_its_last_step(tmp_path):
+    schedule = make_schedule(1e-2, 2.0, 0.1, 0.1, 1.0)
+    whole = Stand()
+    whole_stage = whole.stage(schedule)
+    whole.fit(tmp_path / "whole", whole_stage)
+
+    stand = Stand()
+    stand.task.at[5] = KeyboardInterrupt()  # the first batch of the second epoch
+    with pytest.raises(KeyboardInterrupt):
+        stand.fit(tmp_path / "cut", stand.stage(schedule))
+    assert last(tmp_path / "cut")["global_step"] == 5
+
+    resumed = Stand(resume=True)
+    stage = resumed.stage(schedule)
+    report = resumed.fit(tmp_path / "cut", stage)
+    assert stage.steps == [5, 6, 7, 8, 9]
+    assert report.steps == 10
+    assert stage.rates == pytest.approx(whole_stage.rates[5:])
+    assert resumed.task.seen == whole.task.seen[5:]
+    assert [found["step"] for found in stage.validations] == [10]
+    for one, other in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+    assert not list((tmp_path / "cut").glob("*.ckpt"))
+
+
+def test_a_stage_interrupted_in_mid_epoch_sees_the_rest_of_it(tmp_path):
+    schedule = make_schedule(1e-2, 2.0, 0.1, 0.1, 1.0)
+    whole = Stand()
+    whole.fit(tmp_path / "whole", whole.stage(schedule))
+    stand = Stand()
+    stand.task.at[7] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        stand.fit(tmp_path / "cut", stand.stage(schedule))
+    resumed = Stand(resume=True)
+    stage = resumed.stage(schedule)
+    resumed.fit(tmp_path / "cut", stage)
+    assert stage.steps == [7, 8, 9]
+    assert resumed.task.seen == whole.task.seen[7:]
+
+
+@pytest.mark.parametrize("cuts", [(2, 5, 8), (4, 4, 9)])
+def test_a_stage_may_be_interrupted_again_and_again(cuts, tmp_path):
+    schedule = make_schedule(1e-2, 2.0, 0.1, 0.1, 1.0)
+    whole = Stand()
+    whole_stage = whole.stage(schedule)
+    whole.fit(tmp_path / "whole", whole_stage)
+    seen, validations, done = [], [], 0
+    for cut in (*cuts, None):
+        stand = Stand(resume=True)
+        if cut is not None:
+            stand.task.at[cut - done] = KeyboardInterrupt()
+        stage = stand.stage(schedule)
+        with contextlib.nullcontext() if cut is None else pytest.raises(KeyboardInterrupt):
+            stand.fit(tmp_path / "cut", stage)
+        seen += stand.task.seen if cut is None else stand.task.seen[:-1]
+        validations += [found["step"] for found in stage.validations]
+        done = len(seen)
+    assert seen == whole.task.seen
+    assert validations == [found["step"] for found in whole_stage.validations]
+    for one, other in zip(stand.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+
+
+def test_an_interrupted_transfer_goes_on(tmp_path):
+    schedule = make_schedule(1e-2, 2.0, 0.0, 0.1, 0.0)
+    whole = Stand()
+    whole.fit(tmp_path / "whole", RecordedTransfer(whole.model, schedule), validate=False)
+    steps = []
+    for cut in (3, None):
+        stand = Stand(resume=True)
+        stage = RecordedTransfer(stand.model, schedule)
+        if cut is not None:
+            stage.on_train_batch_start = interrupt_at(cut)
+        with contextlib.nullcontext() if cut is None else pytest.raises(KeyboardInterrupt):
+            stand.fit(tmp_path / "cut", stage, validate=False)
+        steps += stage.steps
+    assert steps == list(range(10))
+    for one, other in zip(stand.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+
+
+def interrupt_at(step: int) -> Any:
+    def hook(batch: Batch, batch_idx: int) -> None:
+        if batch_idx == step:
+            raise KeyboardInterrupt
+
+    return hook
+
+
+def test_a_stage_interrupted_while_it_validates_goes_on(tmp_path):
+    schedule = make_schedule(1e-2, 2.0, 0.1, 0.1, 1.0)
+    whole = Stand()
+    whole.fit(tmp_path / "whole", whole.stage(schedule))
+    stand = Stand()
+    stage = stand.stage(schedule)
+    stage.on_validation_batch_start = interrupt_at(0)
+    with pytest.raises(KeyboardInterrupt):
+        stand.fit(tmp_path / "cut", stage)
+    resumed = Stand(resume=True)
+    stage = resumed.stage(schedule)
+    resumed.fit(tmp_path / "cut", stage)
+    assert stage.steps == [5, 6, 7, 8, 9]
+    assert resumed.task.seen == whole.task.seen[5:]
+    assert stage.validations[-1]["step"] == 10
+
+
+def test_an_interrupted_stage_is_not_continued_unasked(tmp_path):
+    stand = Stand()
+    stand.task.at[3] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        stand.fit(tmp_path)
+    again = Stand()
+    stage = again.stage()
+    again.fit(tmp_path, stage)
+    assert stage.steps == [0, 1, 2, 3, 4]
+
+
+# --- checkpoints ---
+
+
+def cut_off(stand: Stand, folder: Path, stage: Any, *, at: int, **arguments: Any) -> dict[str, Any]:
+    """Fit until Ctrl-C before that batch; the checkpoint that is left."""
+    stage.on_train_batch_start = interrupt_at(at)
+    with pytest.raises(KeyboardInterrupt):
+        stand.fit(folder, stage, **arguments)
+    return last(folder)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e6])
+def test_a_checkpoint_is_written_now_and_then(seconds, monkeypatch, tmp_path):
+    monkeypatch.setattr(checkpoints, "SECONDS_BETWEEN_CHECKPOINTS", seconds)
+    stand, steps = Stand(micro_batch_size=4), []
+    stage = stand.stage(make_schedule(1e-2, 2.0, 0.1, 0.1, 1.0))
+
+    def note(batch: Batch, batch_idx: int) -> None:
+        kept = sorted(tmp_path.glob("step-*.ckpt"))
+        steps.append(last(tmp_path)["global_step"] if kept else None)
+        assert len(kept) <= checkpoints.KEPT
+        assert not list(tmp_path.glob(".*.part"))
+
+    stage.on_train_batch_start = note
+    report = stand.fit(tmp_path, stage)
+    assert report.steps == 10
+    if seconds:
+        assert steps == [None] * 20
+    else:  # before each step but the first, and not in the midst of one
+        assert steps == [None, None, *(step for step in range(1, 10) for _ in range(2))]
+    assert [found["step"] for found in stage.validations] == [5, 10]
+    assert not list(tmp_path.glob("*.ckpt")) + list(tmp_path.glob(".*.part"))
+    plain = Stand(micro_batch_size=4)
+    plain.fit(tmp_path, plain.stage(make_schedule(1e-2, 2.0, 0.1, 0.1, 1.0)))
+    assert_equal(stand.model, plain.model)  # writing one changes nothing
+
+
+def test_a_checkpoint_of_transfer_holds_the_maps_alone(tmp_path):
+    stand = Stand()
+    kept = cut_off(stand, tmp_path, RecordedTransfer(stand.model, SCHEDULE), at=2, validate=False)
+    maps = {id(p) for p in hosts.attention_parameters(stand.model)}
+    names = {f"model.{name}" for name, p in stand.model.named_parameters() if id(p) in maps}
+    assert kept["state_dict"].keys() == names
+    assert len(kept["optimizer_states"][0]["state"]) == len(names) == 4
+    size = sum(p.numel() * 4 for p in hosts.attention_parameters(stand.model))
+    (path,) = tmp_path.glob("step-*.ckpt")
+    assert path.stat().st_size < 3 * size + 40_000
+
+
+def test_checkpoints_hold_nothing_that_is_frozen(tmp_path):
+    """As with LoRA: a part is trained. Buffers are kept whatever they are."""
+    schedule = make_schedule(1e-2, 2.0, 0.1, 0.1, 1.0)
+
+    def make(**changes: Any) -> Stand:
+        stand = Stand(attn="performer", **changes)
+        for name, parameter in stand.model.named_parameters():
+            parameter.requires_grad_(name.startswith("classifier"))
+        return stand
+
+    whole = make()
+    before = copy.deepcopy(whole.model.state_dict())
+    whole.fit(tmp_path / "whole", whole.stage(schedule))
+    stand = make()
+    kept = cut_off(stand, tmp_path / "cut", stand.stage(schedule), at=3)
+    shared = stand.model.named_buffers(remove_duplicate=False)  # performer's two maps are one
+    buffers = {f"model.{name}" for name, _ in shared if name in before}
+    assert buffers
+    assert kept["state_dict"].keys() == {"model.classifier.weight", "model.classifier.bias"} | buffers
+
+    (best,) = (state for name, state in kept["callbacks"].items() if "_Best" in name)
+    assert best["weights"] == {}
+    resumed = make(resume=True)
+    kept = cut_off(resumed, tmp_path / "cut", resumed.stage(schedule), at=1)  # in the second epoch
+    (best,) = (state for name, state in kept["callbacks"].items() if "_Best" in name)
+    assert best["weights"].keys() == kept["state_dict"].keys()
+    resumed = make(resume=True)
+    resumed.fit(tmp_path / "cut", resumed.stage(schedule))
+    assert_equal(resumed.model, whole.model)
+
+
+@pytest.mark.parametrize("attn", ["t2r", "elu"])
+def test_a_checkpoint_of_another_model_is_refused(attn, tmp_path):
+    stand = Stand()
+    cut_off(stand, tmp_path, stand.stage(), at=2)
+    other = Stand(attn=attn, resume=True)
+    with pytest.raises(HHBenchError, match="another model or of other settings: run without --resume"):
+        other.fit(tmp_path, other.stage())
+
+
+@pytest.mark.parametrize("at", [2, 5, 7])
+def test_what_is_dropped_out_after_a_resumption_is_what_would_have_been(at, tmp_path):
+    schedule = make_schedule(1e-2, 2.0, 0.1, 0.1, 1.0)
+    whole = Stand(dropout=0.3)
+    whole.fit(tmp_path / "whole", whole.stage(schedule), validate=False)
+    stand = Stand(dropout=0.3)
+    stand.task.at[at] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        stand.fit(tmp_path / "cut", stand.stage(schedule), validate=False)
+    resumed = Stand(dropout=0.3, resume=True)
+    resumed.fit(tmp_path / "cut", resumed.stage(schedule), validate=False)
+    assert_equal(resumed.model, whole.model)
+
+
+@pytest.mark.parametrize("kind", ["train", "transfer"])
+def test_a_step_cut_off_between_its_parts_is_taken_whole(kind, tmp_path):
+    def make(**changes: Any) -> tuple[Stand, Any]:
+        stand = Stand(train_examples=32, micro_batch_size=2, **changes)
+        return stand, stand.stage() if kind == "train" else RecordedTransfer(stand.model, SCHEDULE, "both", 3)
+
+    validate = kind == "train"
+    whole, stage = make()
+    whole.fit(tmp_path / "whole", stage, validate=validate)
+    stand, stage = make()
+    kept = cut_off(stand, tmp_path / "cut", stage, at=6, validate=validate)  # the third part of the second step
+    assert kept["global_step"] == 1
+    resumed, stage = make(resume=True)
+    stage_report = resumed.fit(tmp_path / "cut", stage, validate=validate)
+    assert stage_report.steps == 4
+    assert stage.steps == [1, 2, 3]
+    assert_equal(resumed.model, whole.model)
+
+
+def test_a_terminated_stage_goes_on(tmp_path):
+    """SIGTERM, as a cluster sends it: the step is finished, then the checkpoint is written."""
+    whole = Stand()
+    whole.fit(tmp_path / "whole", whole.stage())
+    stand = Stand()
+    stage = stand.stage()
+
+    def terminate(batch: Batch, batch_idx: int) -> None:
+        if batch_idx == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stage.on_train_batch_start = terminate
+    with pytest.raises(Stopped, match="stopped by a signal after step 3"):
+        stand.fit(tmp_path / "cut", stage)
+    assert last(tmp_path / "cut")["global_step"] == 3
+    resumed = Stand(resume=True)
+    stage = resumed.stage()
+    resumed.fit(tmp_path / "cut", stage)
+    assert stage.steps == [3, 4]
+    assert_equal(resumed.model, whole.model)
+
+
+def test_a_full_disk_costs_the_checkpoint_and_not_the_run(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(checkpoints, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    stand = Stand()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+    try:
+        report = stand.fit(tmp_path, validate=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert report.steps == 5
+    assert f"{tmp_path / 'step-00000001.ckpt'} can't be written" in caplog.text
+    assert f"{tmp_path / 'finished'} can't be written" in caplog.text
+    assert not list(tmp_path.iterdir())
+    plain = Stand()
+    plain.fit(tmp_path, validate=False)
+    assert_equal(stand.model, plain.model)
+
+
+KILLED = {
+    "train": {"dropout": 0.3},
+    "transfer": {},
+}
+
+
+def make_killed(kind: str, **changes: Any) -> tuple[Stand, Any]:
+    stand = Stand(**KILLED[kind], **changes)
+    schedule = make_schedule(1e-2, 2.0, 0.1, 0.1, 1.0)
+    stage = stand.stage(schedule) if kind == "train" else RecordedTransfer(stand.model, schedule, "weights", 3)
+    return stand, stage
+
+
+def fit_until_killed(kind: str, folder: str) -> None:
+    """What the process that is killed runs: it stands still in its eighth step."""
+    checkpoints.SECONDS_BETWEEN_CHECKPOINTS = 0.0
+    stand, stage = make_killed(kind)
+
+    def wait(batch: Batch, batch_idx: int) -> None:
+        if stage.global_step == 7:
+            Path(folder, "ready").touch()
+            time.sleep(600)
+
+    stage.on_train_batch_start = wait
+    stand.fit(Path(folder), stage, validate=kind == "train")
+
+
+def test_a_killed_stage_ends_where_it_would_have(tmp_path):
+    """kill -9 of a real process in mid-epoch; then the same weights, bit for bit, as without it."""
+    children = {}
+    for kind in KILLED:
+        (tmp_path / kind).mkdir()
+        code = f"from test_checkpoints import fit_until_killed; fit_until_killed({kind!r}, {str(tmp_path / kind)!r})"
+        children[kind] = subprocess.Popen([sys.executable, "-c", code], env=child_environment())
+    try:
+        for kind, child in children.items():
+            for _ in range(1200):
+                if (tmp_path / kind / "ready").exists() or child.poll() is not None:
+                    break
+                time.sleep(0.1)
+            assert child.poll() is None, kind
+            child.kill()
+            assert child.wait(60) == -signal.SIGKILL
+    finally:
+        for child in children.values():
+            child.kill()
+    for kind in KILLED:
+        assert last(tmp_path / kind)["global_step"] == 7
+        whole, stage = make_killed(kind)
+        whole.fit(tmp_path / "whole", stage, validate=kind == "train")
+        resumed, stage = make_killed(kind, resume=True)
+        resumed.fit(tmp_path / kind, stage, validate=kind == "train")
+        assert stage.steps == [7, 8, 9]
+        assert_equal(resumed.model, whole.model)
