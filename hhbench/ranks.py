@@ -112,10 +112,9 @@ def _meeting_place(launch: Launch) -> tuple[str, int]:
 
 def first_host(nodes: str) -> str:
     """The first machine of a list as Slurm writes it: `gpu[03-07,9],login` is gpu03."""
-    found = re.match(r"([^,\[\]]*)(?:\[(\w+)[^\]]*\]([^,\[\]]*))?", nodes)
-    assert found is not None  # an empty match is one too
-    prefix, number, suffix = found.groups()
-    return prefix + (number or "") + (suffix or "")
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
+    assert first is not None  # an empty match is one too
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0])
 
 
 def requeue() -> bool:

@@ -155,8 +155,9 @@ class Agenda:
             lines.append(f"shared teachers, trained first: {', '.join(trial.title for trial in self.teachers)}")
         if known:
             about = _about(sum(known) / self.parallel)
-            line = f"estimated time: {about} of training, by earlier results of the same tasks; start-up and tests are extra"
+            line = f"estimated time: {about} of training, by earlier results of the same tasks"
             lines.append(line + (f"; unknown for {unknown} of the runs" if unknown else ""))
+            lines.append("  each run starts, loads its data and tests besides that")
         elif self.pending:
             lines.append("estimated time: unknown, as there are no earlier results of the same tasks")
         return lines

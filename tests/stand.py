@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, MetricCollection, SumMetric
 
-from hhbench import hosts, train
+from hhbench import hosts, ranks, train
 from hhbench.config import RunConfig
 from hhbench.task import Batch, Dataset, Example, Split, StepOutput, Task, TaskData, key_mask_of, padded
 from hhbench.train import Schedule, TrainStage, TransferStage, fit, loader
@@ -177,6 +177,14 @@ class Recorded:
         self.steps: list[int] = []
         self.validations: list[dict[str, float]] = []
         self.rates: list[float] = []
+        self.sums: dict[int, list[float]] = {}
+
+    def note(self, name: str, loss: Tensor, count: float, batch_idx: int) -> None:
+        """Keeps each step's loss and units, over all ranks and parts."""
+        super().note(name, loss, count, batch_idx)
+        sums = self.sums.setdefault(self.global_step, [0.0, 0.0])
+        for place, value in enumerate((float(loss), float(count))):
+            sums[place] += ranks.summed_over_ranks(value)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         super().on_before_optimizer_step(optimizer)

@@ -2,19 +2,25 @@
 
 import contextlib
 import copy
+import dataclasses
 import os
+import random
 import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from stand import (
+    LONGEST,
     SCHEDULE,
+    VOCAB,
     RecordedTransfer,
     Stand,
     assert_equal,
@@ -25,7 +31,7 @@ from stand import (
 from hhbench import checkpoints, hosts
 from hhbench.errors import HHBenchError
 from hhbench.stopping import Stopped
-from hhbench.task import Batch
+from hhbench.task import Batch, Example, Split
 
 
 def last(folder: Path) -> dict[str, Any]:
@@ -368,3 +374,124 @@ def test_a_killed_stage_ends_where_it_would_have(tmp_path):
         resumed.fit(tmp_path / kind, stage, validate=kind == "train")
         assert stage.steps == [7, 8, 9]
         assert_equal(resumed.model, whole.model)
+
+
+# --- the same run ---
+
+
+class Noisy(Sequence[Example]):
+    """Examples that every reading changes, by all generators that augmentations draw from."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.examples = examples
+
+    def __getitem__(self, index: Any) -> Any:
+        example = self.examples[index]
+        drawn = (int(torch.randint(2, VOCAB, ())), int(np.random.randint(2, VOCAB)), random.randrange(2, VOCAB))
+        return example | {"tokens": [*drawn, *example["tokens"]][:LONGEST]}
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+
+def make_noisy(kind: str, **changes: Any) -> tuple[Stand, Any]:
+    stand = Stand(dropout=0.3 if kind == "train" else 0.0, micro_batch_size=4, workers=2, **changes)
+    noisy = Noisy(stand.data.train.examples)
+    stand.data = dataclasses.replace(stand.data, train=Split(noisy, stand.data.train.lengths, draws=True))
+    schedule = make_schedule(1e-2, 3.0, 0.1, 0.1, 1.0)
+    return stand, stand.stage(schedule) if kind == "train" else RecordedTransfer(stand.model, schedule, "weights", 3)
+
+
+@pytest.mark.parametrize("kind", ["train", "transfer"])
+def test_a_run_stopped_at_three_random_steps_ends_with_the_same_bytes(kind, tmp_path):
+    """Dropout, augmentation, two processes that load data, two parts to a step; a cluster's signal each time."""
+    whole, stage = make_noisy(kind)
+    torch.manual_seed(5)
+    whole.fit(tmp_path / "whole", stage, validate=kind == "train")
+    assert stage.steps == list(range(15))
+    steps: list[int] = []
+    for stop in (*sorted(random.Random(kind).sample(range(1, 15), 3)), None):
+        stand, stage = make_noisy(kind, resume=True)
+        torch.manual_seed(5)
+
+        def signal_at(batch: Batch, batch_idx: int, stop: int | None = stop, stage: Any = stage) -> None:
+            if stage.global_step + 1 == stop:
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+        stage.on_train_batch_start = signal_at
+        with contextlib.nullcontext() if stop is None else pytest.raises(Stopped):
+            stand.fit(tmp_path / "cut", stage, validate=kind == "train")
+        steps += stage.steps
+    assert steps == list(range(15))
+    assert_equal(stand.model, whole.model)
+
+
+def test_what_is_drawn_for_an_example_goes_by_seed_epoch_and_index():
+    def tokens(workers: int, seed: int, epoch: int) -> dict[int, list[int]]:
+        stand, _ = make_noisy("train")
+        stand.config = dataclasses.replace(stand.config, workers=workers)
+        batches = stand.batches(seed=seed)
+        batches.batch_sampler.set_epoch(epoch)
+        found = (zip(b["index"].tolist(), b["inputs"]["input_ids"].tolist(), strict=True) for b in batches)
+        return {index: [t for t in row if t] for rows in found for index, row in rows}
+
+    before = torch.get_rng_state()
+    here = tokens(0, 1, 2)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert tokens(2, 1, 2) == here
+    assert all(tokens(0, *other)[3] != here[3] for other in ((2, 2), (1, 3)))
+
+
+# --- damage ---
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(damage, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(checkpoints, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    whole = Stand()
+    whole.fit(tmp_path / "whole", whole.stage())
+    stand = Stand()
+    cut_off(stand, tmp_path / "cut", stand.stage(), at=4)
+    older, newest = sorted((tmp_path / "cut").glob("step-*.ckpt"))
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes({"flipped": content, "cut": content[: len(content) // 2], "empty": b""}[damage])
+    resumed = Stand(resume=True)
+    stage = resumed.stage()
+    resumed.fit(tmp_path / "cut", stage)
+    assert f"{newest} is damaged: going on without it" in caplog.text
+    assert stage.steps[0] == int(older.name.split("-")[1])
+    assert_equal(resumed.model, whole.model)
+
+
+def test_a_finished_stage_is_not_trained_again(tmp_path):
+    stand = Stand()
+    report = stand.fit(tmp_path)
+    again = Stand(resume=True)
+    stage = again.stage()
+    assert again.fit(tmp_path, stage) == report
+    assert stage.steps == []
+    assert_equal(again.model, stand.model)
+    (kept,) = tmp_path.glob("finished-*.safetensors")
+    kept.write_bytes(kept.read_bytes()[:-1])
+    retrained = Stand(resume=True)
+    stage = retrained.stage()
+    retrained.fit(tmp_path, stage)
+    assert stage.steps == [0, 1, 2, 3, 4]
+    checkpoints.forget(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_of_two_parts_to_a_step_goes_on_in_four(tmp_path):
+    """As on another number of devices: the order of global batches and the steps are kept."""
+    whole = Stand(micro_batch_size=4)
+    whole.fit(tmp_path / "whole", whole_stage := whole.stage(make_schedule(1e-2, 2.0, 0.1, 0.1, 1.0)))
+    stand = Stand(micro_batch_size=4)
+    cut_off(stand, tmp_path / "cut", stand.stage(make_schedule(1e-2, 2.0, 0.1, 0.1, 1.0)), at=5)
+    resumed = Stand(micro_batch_size=2, resume=True)
+    stage = resumed.stage(make_schedule(1e-2, 2.0, 0.1, 0.1, 1.0))
+    resumed.fit(tmp_path / "cut", stage)
+    assert stage.steps == list(range(2, 10))
+    assert [v["step"] for v in stage.validations] == [v["step"] for v in whole_stage.validations]
+    for one, other in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ def text(tmp_path_factory):
     """A text that is long enough for what is made of it to be kept in the cache."""
     draw, path = random.Random(0), tmp_path_factory.mktemp("text") / "text.txt"
     words = ["".join(draw.choices("aeinorst", k=draw.randint(2, 7))) for _ in range(300)]
-    path.write_text("\n".join(" ".join(draw.choices(words, k=12)) for _ in range(3000)))
+    path.write_text("\n".join(" ".join(draw.choices(words, k=12)) for _ in range(6000)))
     return path
 
 
@@ -30,8 +31,8 @@ def arguments(text):
     """A run that has every stage, each a second or so, with dropout; its folder and what is changed are added."""
     return [
         "run", "--task", "lm", "--dataset", str(text), "--attn", "hedgehog", "--regime", "finetuned-conversion",
-        "--model", "gpt2-1x16x1", "--max-len", "32", "--dropout", "0.1", "--train-examples", "2048",
-        "--test-examples", "64", "--batch-size", "16", "--teacher-epochs", "2", "--transfer-epochs", "2",
+        "--model", "gpt2-1x16x1", "--max-len", "32", "--dropout", "0.1", "--train-examples", "1536",
+        "--test-examples", "64", "--batch-size", "16", "--teacher-epochs", "1", "--transfer-epochs", "2",
         "--epochs", "2", "--accelerator", "cpu", "--logger", "none",
     ]  # fmt: skip
 
@@ -156,7 +157,7 @@ def checkpoints_of(out: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
-@pytest.mark.parametrize("how", ["flipped", "cut"])
+@pytest.mark.parametrize("how", ["flipped", pytest.param("cut", marks=pytest.mark.slow)])
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_taken(hurt, uninterrupted, how):
     checkpoints = stopped_with_checkpoints(hurt)
     damage(checkpoints[-1], how, random.Random(how).random())
@@ -170,6 +171,14 @@ def test_with_every_checkpoint_damaged_the_stage_starts_again(hurt, uninterrupte
         damage(path, "cut", 0.0)
     assert hurt.finish() == uninterrupted.kept
     assert "continuing" not in (hurt.folder / "log-2").read_text()
+
+
+def test_what_a_finished_stage_left_is_not_trusted_when_it_is_damaged(hurt, uninterrupted):
+    stopped_with_checkpoints(hurt, 0)
+    (kept,) = hurt.out.glob("lm/**/transfer/finished-*.safetensors")
+    damage(kept, "flipped", 0.9)
+    assert hurt.finish() == uninterrupted.kept
+    assert kept.name in (hurt.folder / "log-2").read_text()
 
 
 # ---- starved ---------------------------------------------------------------------------------------------------
@@ -196,8 +205,9 @@ def test_a_full_disk_ends_it_in_one_line_and_with_room_it_goes_on(hurt, uninterr
 
 def test_a_disk_that_is_full_of_checkpoints_costs_the_checkpoints_not_the_run(hurt, uninterrupted):
     kept = Hurt(hurt.arguments, hurt.folder / "first")
-    run = kept.start(largest_file=20_000)  # the model is smaller, its checkpoint with the optimizer's state larger
+    run = kept.start(largest_file=100_000)  # a checkpoint, with the optimizer's state, is larger, and a model smaller
     assert run.wait() == 0, run.said
+    assert "can't be written" in run.said
     assert Kept.of(kept.out) == uninterrupted.kept
 
 
@@ -241,16 +251,16 @@ def test_a_run_whose_rival_is_killed_takes_over(hurt, uninterrupted):
 
 @pytest.mark.parametrize("flag", ["--teacher-lr", "--transfer-lr", "--lr"])
 def test_a_loss_that_is_no_number_stops_the_run_with_the_step_and_the_layer(hurt, flag):
-    line = fails_in_one_line(hurt.start(flag, "1e30", "--clip", "0", "--warmup", "0"))
-    assert "step" in line and "layer" in line and "lr" in line, line
+    line = fails_in_one_line(hurt.start(flag, "1e38", "--clip", "0", "--warmup", "0"))
+    assert re.search(r"at step \d+: .*transformer\.h\.0.*-lr", line), line
     nothing_half_is_trusted(hurt.out)
     assert not any(hurt.out.rglob("result.json"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSEGV, marks=pytest.mark.slow)])
 def test_a_loader_worker_that_dies_is_an_error_not_a_hang(hurt, uninterrupted, number):
     run = hurt.start("--workers", "2")
-    assert run.until(lambda run: len(run.children()) >= 2)
+    assert run.until(lambda run: len(run.children()) >= 2), run.said
     os.kill(run.children()[0], number)
     assert "worker" in fails_in_one_line(run)
     assert hurt.finish() == uninterrupted.kept

@@ -1,6 +1,7 @@
 """Who started this process; and that two processes take the step of one."""
 
 import copy
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,26 +13,110 @@ from stand import RecordedTransfer, Stand, child_environment, make_config, make_
 from torch import Tensor
 
 from hhbench import ranks
+from hhbench.errors import HHBenchError, UsageError
+from hhbench.ranks import Launch, first_host, launched
 from hhbench.train import evaluate
 
+# --- who started this process ---
+
+
+@pytest.fixture
+def no_launcher(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "TORCHELASTIC_")) or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
+            monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+    "environment,expected",
+    [
+        ({}, Launch(None, 1, 0, 0)),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, Launch(None, 1, 0, 0)),  # the batch script
+        (
+            {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"},
+            Launch("Slurm", 2, 1, 0),
+        ),
+        (
+            {
+                "TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1",
+                "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0",
+            },
+            Launch("torchrun", 4, 3, 1),  # its agents were started by srun
+        ),
+    ],
+    ids=["nobody", "a batch script", "srun", "torchrun under srun"],
+)  # fmt: skip
+def test_who_started_this_process(environment, expected, no_launcher, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert launched() == expected
+
+
+@pytest.mark.parametrize(
+    "nodes,first",
+    [
+        ("login", "login"), ("a,b", "a"), ("gpu[03-07,9],login", "gpu03"), ("gpu[1,5]", "gpu1"),
+        ("r[1-2]n[01-04]", "r1n01"), ("node-a3[007-010]-ib,x", "node-a3007-ib"),
+    ],
+)  # fmt: skip
+def test_the_first_machine_of_a_list(nodes, first):
+    assert first_host(nodes) == first
+
+
+@pytest.mark.parametrize("devices,nodes,started", [(2, 1, 4), (4, 2, 4), (1, 1, 2)])
+def test_a_world_of_another_size_is_refused_at_once(devices, nodes, started, no_launcher, monkeypatch):
+    for name, value in (("SLURM_STEP_NUM_TASKS", started), ("SLURM_PROCID", 0), ("SLURM_LOCALID", 0)):
+        monkeypatch.setenv(name, str(value))
+    message = f"Slurm started {started} processes; --devices {devices} x --num-nodes {nodes} is {devices * nodes}"
+    with pytest.raises(UsageError, match=message):
+        ranks.connect(make_config(devices=devices, num_nodes=nodes, batch_size=8))
+
+
+def test_a_machine_whose_name_does_not_resolve_is_named(no_launcher, monkeypatch):
+    for name, value in {
+        "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "12",
+        "SLURM_STEP_NODELIST": "nowhere[07-08].invalid",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    with pytest.raises(HHBenchError, match=r"'nowhere07\.invalid' doesn't resolve here: set MASTER_ADDR"):
+        ranks.connect(make_config(devices=2))
+
+
 # --- two processes ---
+
+
+# Batches of unequal lengths, the last one of fewer examples: five, or one, of which a rank has none.
+CASES: dict[str, dict[str, Any]] = {
+    "train": {"stage": "train"},
+    "train, 21 steps": {"stage": "train", "train_examples": 161, "lr": 2e-3},
+    "train in parts": {"stage": "train", "train_examples": 33, "micro_batch_size": 2, "clip": 0.05},
+    "transfer": {"stage": "transfer"},
+    "transfer in parts": {"stage": "transfer", "train_examples": 33, "micro_batch_size": 2, "clip": 1e-3},
+    "performer": {"stage": "train", "attn": "performer"},
+}
 
 
 def record(folder: Path, devices: int) -> dict[str, Any]:
     """Train, transfer and evaluate on so many devices; called in each process."""
     found: dict[str, Any] = {}
+    for name, case in CASES.items():
+        settings = {k: v for k, v in case.items() if k not in ("stage", "lr", "clip")}
+        stand = Stand(devices=devices, **settings)
+        schedule = make_schedule(case.get("lr", 1e-2), 1.0, 0.1, 0.1, case.get("clip", 1.0))
+        trains = case["stage"] == "train"
+        stage = stand.stage(schedule) if trains else RecordedTransfer(stand.model, schedule)
+        report = stand.fit(folder / name, stage, validate=trains)
+        found[name] = {
+            "gradients": stage.gradients,
+            "losses": stage.sums,
+            "tokens": report.tokens,
+            "expected tokens": sum(stand.data.train.lengths),
+            "validation": report.validation,
+            "weights": copy.deepcopy(stand.model.state_dict()),
+        }
     stand = Stand(devices=devices)
-    stage = stand.stage(make_schedule(1e-2, 1.0, 0.1, 0.1, 1.0))
-    report = stand.fit(folder / "train", stage)
-    found["train"] = {"gradients": stage.gradients, "tokens": report.tokens, "validation": report.validation}
-    found["train"]["weights"] = copy.deepcopy(stand.model.state_dict())
     for name, split in stand.data.tests.items():
         found[name] = evaluate(stand.stage(), stand.batches(split), stand.config, title=name)
-    stand = Stand(devices=devices)
-    transfer = RecordedTransfer(stand.model, make_schedule(1e-2, 1.0, 0.1, 0.1, 1.0))
-    report = stand.fit(folder / "transfer", transfer, validate=False)
-    found["transfer"] = {"gradients": transfer.gradients, "tokens": report.tokens, "validation": None}
-    found["transfer"]["weights"] = copy.deepcopy(stand.model.state_dict())
     return found
 
 
@@ -71,23 +156,26 @@ def worlds(tmp_path_factory) -> list[dict[str, Any]]:
     return [record(folder / "one", 1), *ranks]
 
 
-@pytest.mark.parametrize("stage", ["train", "transfer"])
-def test_two_processes_take_the_step_of_one(worlds, stage):
-    """Batches of unequal lengths, the last one of an odd number of examples."""
-    one, *ranks = (world[stage] for world in worlds)
-    for found in ranks:
-        assert len(found["gradients"]) == len(one["gradients"]) == 5
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_take_the_step_of_one(worlds, case):
+    one, *both = (world[case] for world in worlds)
+    for found in both:
+        assert len(found["gradients"]) == len(one["gradients"]) == len(one["losses"]) >= 5
         compare(found["gradients"][0], one["gradients"][0])
-        assert found["tokens"] == one["tokens"] == sum(Stand().data.train.lengths)
+        assert found["tokens"] == one["tokens"] == one["expected tokens"]
         assert found["validation"] == one["validation"]
-    for name, tensor in ranks[0]["weights"].items():
-        assert torch.equal(tensor, ranks[1]["weights"][name]), name
+        for step in range(min(20, len(one["losses"]))):
+            (loss, count), (expected, units) = found["losses"][step], one["losses"][step]
+            assert count == units
+            assert loss / count == pytest.approx(expected / units, abs=1e-4), step
+    for name, tensor in both[0]["weights"].items():
+        assert torch.equal(tensor, both[1]["weights"][name]), name
 
 
-@pytest.mark.parametrize("stage", ["train", "transfer"])
-def test_two_processes_end_where_one_does(worlds, stage):
+@pytest.mark.parametrize("case", ["train", "train in parts", "transfer"])
+def test_two_processes_end_where_one_does(worlds, case):
     """Five steps of Adam, which magnifies rounding: within a hundredth of a step."""
-    one, two, _ = (world[stage]["weights"] for world in worlds)
+    one, two, _ = (world[case]["weights"] for world in worlds)
     moved = 0.0
     start = Stand().model.state_dict()
     for name, tensor in one.items():

@@ -31,9 +31,12 @@ from hhbench.attention import FeatureMap
 class Slow(FeatureMap):
     def forward(self, x):
         if self.training and "SLURM_PROCID" in os.environ:
-            time.sleep(0.02)
-            with open("steps-" + os.environ["SLURM_PROCID"], "a") as file:
+            rank = os.environ["SLURM_PROCID"]
+            with open("pid-" + rank, "w") as file:
+                file.write(str(os.getpid()))
+            with open("steps-" + rank, "a") as file:
                 file.write(".")
+            time.sleep(0.02)
         return x.relu() + 1
 """
 FAILS = """\
@@ -374,11 +377,11 @@ def test_a_killed_rank_ends_the_trial_and_the_same_again_goes_on(cluster, here):
     submission = submitted(*LONG)
     until_at_work(cluster, here)
     (number,) = (standing.job for standing in slurm.standings(submission.jobs[1]).values())
-    kill = 'kill -9 $(scontrol listpids "$0" "$1" | awk \'$4 == 0 && $5 == 0 {print $1}\')'
-    enter = ["nsenter", "-t", str(cluster.first_process("node2")), "-m", "-p", "-u"] if cluster.namespaced else []
-    cluster.run(*enter, "bash", "-c", kill, f"{number}.0", "node2")
+    kill = ["srun", "--overlap", f"--jobid={number}", "-N1", "-w", "node2", "bash", "-c", 'kill -9 "$(cat pid-1)"']
+    cluster.run(*kill, check=False)  # it may be ended with the job
     (trial,) = until_over(cluster, submission, 60)
     assert trial.word == "failed"
+    assert "task 1: Killed" in log_of(submission)
     again = submitted(*LONG)
     assert again.id != submission.id
     (trial,) = until_over(cluster, again)
@@ -403,13 +406,15 @@ def test_a_node_that_dies_is_done_without(cluster, here, node):
 def test_a_node_whose_name_does_not_resolve_is_said_at_once(cluster, here):
     if not cluster.namespaced:
         pytest.skip("the nodes have no names of their own here: their namespaces are refused")
-    hosts = f'mount --bind "{cluster.folder}/hosts" /etc/hosts'
-    cluster.run("srun", "-N2", "umount", "/etc/hosts")
+    # As on a cluster whose nodes have other names than the network knows.
+    hide = f"umount /etc/hosts && hostname {os.uname().nodename}"
+    cluster.run("srun", "-N2", "bash", "-c", hide)
     try:
         submission = submitted("--attn", "elu", "--num-nodes", "2")
         (trial,) = until_over(cluster, submission, 60)
     finally:
-        cluster.run("srun", "-N2", "bash", "-c", hosts)
+        show = f'mount --bind "{cluster.folder}/hosts" /etc/hosts && hostname "$SLURMD_NODENAME"'
+        cluster.run("srun", "-N2", "bash", "-c", show)
     assert trial.word == "failed"
     assert "'node1' doesn't resolve" in trial.note
 

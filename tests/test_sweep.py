@@ -1,6 +1,5 @@
 """Sweeps as a user starts them: real processes, on the cheapest task."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from hhbench.sweep import Agenda, duration, sweep
 
 TINY = [
     "--task", "recall", "--dataset", "ar", "--model", "gpt2-1x16x2", "--max-len", "16", "--train-examples", "64",
-    "--test-examples", "16", "--batch-size", "16", "--epochs", "1", "--teacher-epochs", "1", "--transfer-epochs", "1",
+    "--test-examples", "16", "--epochs", "1", "--teacher-epochs", "1", "--transfer-epochs", "1",
     "--accelerator", "cpu", "--logger", "none",
 ]  # fmt: skip
 ATTENTION = "import time\nfrom hhbench.attention import FeatureMap\n"
@@ -108,7 +107,8 @@ def started(errors: str) -> list[str]:
 # --- what is done, and what fails ---
 
 
-def test_the_rest_of_a_grid_goes_on_when_a_run_fails_and_nothing_is_done_twice(call):
+def test_the_rest_of_a_grid_goes_on_when_a_run_fails_and_nothing_is_done_twice(call, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     grid = ("--attn", "fails.py:Fails,elu,relu", "--parallel", "2")
     code, out, err = call(*grid)
     assert code == 1
@@ -120,6 +120,7 @@ def test_the_rest_of_a_grid_goes_on_when_a_run_fails_and_nothing_is_done_twice(c
         assert f"\n| {name} " in out
     before = results()
     assert len(before) == 2
+    assert {one.environment["threads"] for one in result.find(Path("runs"))[0]} == {1}  # they share the two
     # Again: what is done is not repeated, what failed is tried again.
     code, out, err = call(*grid)
     assert code == 1
@@ -184,7 +185,7 @@ def test_the_library_gives_runs_and_results():
 
 
 def test_a_sweep_that_is_killed_leaves_nothing_running_and_goes_on_when_it_is_started_again(call):
-    grid = ("--attn", "elu,slow.py:Slow,relu", "--epochs", "4")
+    grid = ("--attn", "elu,slow.py:Slow", "--epochs", "12")
     first = start(*grid)
     until(Path("training").exists, first)
     before = results()
@@ -199,16 +200,18 @@ def test_a_sweep_that_is_killed_leaves_nothing_running_and_goes_on_when_it_is_st
     assert results() == before
     code, out, err = call(*grid)
     assert code == 0, (out, err)
-    assert "3 runs: 1 done already, 2 to do" in out
-    assert started(err) == ["recall/ar slow.py:Slow s0", "recall/ar relu s0"]
+    assert "2 runs: 1 done already, 1 to do" in out
+    assert started(err) == ["recall/ar slow.py:Slow s0"]
     after = results()
-    assert len(after) == 3
+    assert len(after) == 2
     assert before.items() <= after.items()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_is_passed_on_and_the_sweep_ends_after_its_runs(number, code, call):
-    grid = ("--attn", "slow.py:Slow,relu", "--epochs", "4")
+    grid = ("--attn", "slow.py:Slow,relu", "--epochs", "12")
     first = start(*grid)
     until(Path("training").exists, first)
     (run,) = children(first.pid)
@@ -227,16 +230,14 @@ def test_a_signal_is_passed_on_and_the_sweep_ends_after_its_runs(number, code, c
 
 
 def test_two_sweeps_of_one_folder_share_the_work():
-    grid = ("--attn", "elu,relu,t2r,exp")
+    grid = ("--attn", "elu,relu")
     sweeps = [start(*grid), start(*grid)]
     said = [process.communicate(timeout=400) for process in sweeps]
     assert [process.returncode for process in sweeps] == [0, 0], said
-    assert sorted(name for _, err in said for name in started(err)) == [
-        f"recall/ar {name} s0" for name in ("elu", "exp", "relu", "t2r")
-    ]
-    assert len(results()) == 4
+    assert sorted(name for _, err in said for name in started(err)) == ["recall/ar elu s0", "recall/ar relu s0"]
+    assert len(results()) == 2
     for out, _ in said:
-        assert out.count("(n=1)") == 4
+        assert out.count("(n=1)") == 2
     assert not list(Path("runs").rglob("*.tmp"))
 
 
@@ -266,11 +267,3 @@ def test_a_sweep_that_slurm_started_many_times_is_refused(monkeypatch):
 )
 def test_durations_are_for_people(seconds, text):
     assert duration(seconds) == text
-
-
-def test_workers_share_threads(monkeypatch, call):
-    monkeypatch.setenv("OMP_NUM_THREADS", "6")
-    code, _, _ = call("--attn", "elu,relu", "--parallel", "2")
-    assert code == 0
-    assert {one.environment["threads"] for one in result.find(Path("runs"))[0]} == {3}
-    assert os.environ["OMP_NUM_THREADS"] == "6"
