@@ -676,7 +676,7 @@ def fit(
         return StageReport(**kept[1])
     if not config.resume:
         checkpoints.forget(folder)
-    stopping.stop_between_stages(f"before it began to {title}")
+    stopping.stop_between_stages(f"before {title}")
     batches_per_step = _accumulation(config)
     steps = math.ceil(stage.schedule.epochs * len(train) / batches_per_step)
     if steps == 0:
@@ -708,7 +708,7 @@ def fit(
         )
         resume = checkpoints.newest(folder, "step", ".ckpt") if config.resume else None
         if resume is not None:
-            log.info("continuing to %s from %s", title, resume)
+            log.info("continuing %s from %s", title, resume)
             assert isinstance(train.batch_sampler, Batches)
             epoch, taken = checkpoints.steps_taken(checkpoints.load(resume))
             # Lightning would start the epoch that was interrupted afresh.

@@ -36,6 +36,7 @@ def _main(
     os.environ.update(variables)
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)  # a fresh process's own
     from hhbench import checkpoints
 
     checkpoints.SECONDS_BETWEEN_CHECKPOINTS = seconds

@@ -435,11 +435,16 @@ def test_what_is_drawn_for_an_example_goes_by_seed_epoch_and_index():
         found = (zip(b["index"].tolist(), b["inputs"]["input_ids"].tolist(), strict=True) for b in batches)
         return {index: [t for t in row if t] for rows in found for index, row in rows}
 
-    before = torch.get_rng_state()
     here = tokens(0, 1, 2)
-    assert torch.equal(torch.get_rng_state(), before)
     assert tokens(2, 1, 2) == here
     assert all(tokens(0, *other)[3] != here[3] for other in ((2, 2), (1, 3)))
+    dataset = make_noisy("train")[0].batches().dataset
+    before = checkpoints.random_state()
+    assert dataset[3][0] == 3
+    after = checkpoints.random_state()
+    assert torch.equal(after["torch"], before["torch"])
+    assert after["python"] == before["python"]
+    assert torch.equal(after["numpy"][1], before["numpy"][1])
 
 
 # --- damage ---

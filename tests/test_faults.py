@@ -252,7 +252,7 @@ def test_a_run_whose_rival_is_killed_takes_over(hurt, uninterrupted):
 @pytest.mark.parametrize("flag", ["--teacher-lr", "--transfer-lr", "--lr"])
 def test_a_loss_that_is_no_number_stops_the_run_with_the_step_and_the_layer(hurt, flag):
     line = fails_in_one_line(hurt.start(flag, "1e38", "--clip", "0", "--warmup", "0"))
-    assert re.search(r"at step \d+: .*transformer\.h\.0.*-lr", line), line
+    assert re.search(rf"at step \d+: .*transformer\.(h\.0|wte).* lower {flag}", line), line
     nothing_half_is_trusted(hurt.out)
     assert not any(hurt.out.rglob("result.json"))
 

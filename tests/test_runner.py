@@ -398,6 +398,7 @@ SAME = {
     "allow_code": True,
     "save_model": True,
     "model_folder": "elsewhere",
+    "find_unused_parameters": True,
 }
 
 

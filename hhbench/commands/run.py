@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Final
 
 from hhbench.commands.settings import add_settings, configs_of
 from hhbench.commands.shown import calm_libraries
-from hhbench.config import RunConfig
 from hhbench.errors import HHBenchError, in_one_line
 
 if TYPE_CHECKING:
@@ -43,18 +42,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def call(args: argparse.Namespace) -> int:
-    configs = configs_of(args)
     from hhbench.stopping import Stopped, heeding
 
     told = Path(path) if (path := os.environ.get(RESULT_PATH)) else None
     if told is None:
         with heeding():
-            return _run(args, configs, None)
+            return _run(args, None)
     for suffix in (".failed", ".stopped"):
         told.with_name(told.name + suffix).unlink(missing_ok=True)
     try:
-        with heeding():
-            return _run(args, configs, told)
+        with heeding():  # before anything heavy is imported: a cluster's signal may come then
+            return _run(args, told)
     except BaseException as error:
         suffix = ".stopped" if isinstance(error, Stopped | KeyboardInterrupt) else ".failed"
         said = str(error) if isinstance(error, HHBenchError) else in_one_line(error)
@@ -62,7 +60,8 @@ def call(args: argparse.Namespace) -> int:
         raise
 
 
-def _run(args: argparse.Namespace, configs: list[RunConfig], told: Path | None) -> int:
+def _run(args: argparse.Namespace, told: Path | None) -> int:
+    configs = configs_of(args)
     from hhbench import ranks
 
     ranks.connect(configs[0])
