@@ -269,6 +269,13 @@ class RunConfig:
         group="machine",
     )
     num_nodes: int = setting("machines", default=1, type=int, check=_positive, changes_result=False, group="machine")
+    strategy: str = setting(
+        "ddp: each device trains a copy; fsdp: a share of the weights, for models too large for one",
+        default="ddp",
+        choices=("ddp", "fsdp"),
+        changes_result=False,
+        group="machine",
+    )
     find_unused_parameters: bool = setting(
         "under DDP, let parameters take no part in the loss; costs time",
         default=False,

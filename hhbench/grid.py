@@ -238,8 +238,7 @@ def teachers_of(trials: Sequence[Trial]) -> list[Trial]:
     for teacher, trial in reversed(first.items()):
         if teacher is not None and shared[teacher] > 1 and (trial.own_files or teacher not in _trained(trial)):
             task, dataset = _place(trial.plan)
-            name = _safe(f"teacher-{task}-{dataset}-{teacher[:8]}")
-            title = f"{task}/{dataset} teacher s{trial.plan.config.teacher_seed}"
+            name, title = _safe(f"teacher-{task}-{dataset}-{teacher[:8]}"), f"{task}/{dataset} teacher {teacher[:8]}"
             made.append(dataclasses.replace(trial, name=name, title=title))
     return made
 

@@ -28,12 +28,12 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
-from hhbench import checkpoints, stopping
+from hhbench import checkpoints, sharding, stopping
 from hhbench.attention import OptimizerSettings
 from hhbench.checkpoints import Checkpoints
 from hhbench.config import RunConfig
@@ -67,12 +67,16 @@ class Batches(Sampler[list[int]]):
             least.
         seed: None orders by length, the longest first: testing. What needs most memory is tried at once.
         divide: the number of equal parts that a rank's share is cut into, for gradient accumulation.
+        even: give every rank as many batches to test on; one that has fewer runs an example that counts for nothing.
     """
 
     POOL = 50  # batches whose examples are sorted by length together
 
-    def __init__(self, lengths: Sequence[int], size: int, *, seed: int | None, divide: int = 1) -> None:
-        self.lengths, self.size, self.seed, self.divide = np.asarray(lengths), size, seed, divide
+    def __init__(
+        self, lengths: Sequence[int], size: int, *, seed: int | None, divide: int = 1, even: bool = False
+    ) -> None:
+        self.lengths, self.size, self.seed = np.asarray(lengths), size, seed
+        self.divide, self.even = divide, even
         self._epoch = torch.zeros((), dtype=torch.int64)
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]  # with the processes that load data
         self.taken: dict[int, int] = {}  # by epoch, the batches that an interrupted run took of it
@@ -116,6 +120,8 @@ class Batches(Sampler[list[int]]):
         batches = self.global_batches()
         if self.seed is None:
             yield from batches[rank() :: world_size()]
+            if self.even and len(batches) % world_size() > 0 and rank() >= len(batches) % world_size():
+                yield [-1 - batches[-1][-1]]
             return
         parts = [
             batch[rank() :: world_size()][part :: self.divide] or [-1 - batch[0]]
@@ -126,7 +132,7 @@ class Batches(Sampler[list[int]]):
 
     def __len__(self) -> int:
         if self.seed is None:
-            return math.ceil((len(self._by_length()) - rank()) / world_size())
+            return math.ceil((len(self._by_length()) - (0 if self.even else rank())) / world_size())
         return math.ceil(len(self.lengths) / self.size) * self.divide
 
 
@@ -137,6 +143,7 @@ def loader(split: Split, data: TaskData, config: RunConfig, *, train: bool, seed
         int(config.batch_size or 1) if train else _evaluated_tokens(split, config),
         seed=seed if train else None,
         divide=_accumulation(config) if train else 1,
+        even=config.strategy == "fsdp",
     )
 
     def collate(pairs: list[tuple[int, Example]]) -> Batch:
@@ -203,6 +210,8 @@ def check_batch_size(config: RunConfig) -> None:
     world = config.devices * config.num_nodes
     if (config.batch_size or 1) % world:
         raise UsageError(f"--batch-size {config.batch_size} can't be divided over {world} devices")
+    if config.strategy == "fsdp" and world == 1:
+        raise UsageError("--strategy fsdp shares a model out over devices: add --devices 2 or more")
 
 
 # ---- the two stages --------------------------------------------------------------------------------------------
@@ -312,7 +321,6 @@ class _Stage(lightning.LightningModule):
         checkpoint["accumulation"] = self.accumulation
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.check(checkpoint["state_dict"])
         checkpoints.adapt(checkpoint, self.accumulation)
         self.tokens = int(checkpoint["tokens"]) if rank() == 0 else 0
 
@@ -355,11 +363,25 @@ class TrainStage(_Stage):
         super().__init__(model, schedule)
         self.task, self.config = task, config
         self._looked = False
+        self._whole: nn.Module | None = None  # while a sharded copy of it trains
         self.measures = task.metrics(data, config)
         self.score_name = task.dataset(str(config.dataset)).score
         self.metrics: dict[str, float] = {}
         self.scores: dict[int, float] = {}
         self.affordable = math.inf  # tokens of a batch that evaluation has memory for
+
+    def configure_model(self) -> None:
+        """Under FSDP a copy is trained, of which this rank has a share."""
+        if isinstance(self.trainer.strategy, ModelParallelStrategy) and self._whole is None:
+            assert self.device_mesh is not None
+            self._whole = self.model
+            self.model = sharding.sharded_copy(self.model, self.device_mesh["data_parallel"])
+
+    def make_whole(self) -> None:
+        """What a sharded copy learned is the model's."""
+        if self._whole is not None:
+            sharding.gather(self.model, self._whole)
+            self.model, self._whole = self._whole, None
 
     def trained(self) -> list[dict[str, Any]]:
         return parameter_groups(self.model, self.model.parameters(), self.schedule)
@@ -438,6 +460,9 @@ class TrainStage(_Stage):
     def _evaluate(self, batch: Batch) -> None:
         """Measure a batch. One that a GPU has no memory for is measured in halves, and so are all as large after it."""
         index: Tensor = batch["index"]
+        if not _counts(batch):  # the others need this rank's share of the weights
+            self.task.step(self.model, batch)
+            return
         out, tokens = None, attended_tokens(batch)
         if tokens <= self.affordable:
             try:
@@ -645,7 +670,8 @@ class _Best(Callback):
         better = self.score is None or (score > self.score if self.higher_is_better else score < self.score)
         if better and math.isfinite(score):
             self.score = score
-            self.weights = {name: t.detach().to("cpu", copy=True) for name, t in module.changed().items()}
+            found = module.changed().items()
+            self.weights = {name: sharding.whole(t.detach()).to("cpu", copy=True) for name, t in found}
 
 
 def fit(
@@ -695,6 +721,7 @@ def fit(
     with _quiet():
         trainer = _trainer(
             config,
+            sharded=config.strategy == "fsdp" and isinstance(stage, TrainStage),
             max_steps=steps,
             check_val_every_n_epoch=None,
             val_check_interval=steps // validations * batches_per_step,
@@ -710,12 +737,16 @@ def fit(
         if resume is not None:
             log.info("continuing %s from %s", title, resume)
             assert isinstance(train.batch_sampler, Batches)
-            epoch, taken = checkpoints.steps_taken(checkpoints.load(resume))
+            content = checkpoints.load(resume)
+            stage.check(content["state_dict"])
+            epoch, taken = checkpoints.steps_taken(content)
             # Lightning would start the epoch that was interrupted afresh.
             train.batch_sampler.set_epoch(epoch)
             train.batch_sampler.taken = {epoch: taken * batches_per_step}
         with _interruptible():
             trainer.fit(stage, train, validation, ckpt_path=resume, weights_only=True)
+    if isinstance(stage, TrainStage):
+        stage.make_whole()
     if best is not None and best.weights:
         stage.load_state_dict(best.weights, strict=False)
     tokens = int(summed_over_ranks(stage.tokens, stage.device))
@@ -734,23 +765,31 @@ def evaluate(
     return stage.metrics, {index: score for part in gathered(stage.scores) for index, score in part.items()}
 
 
-def _trainer(config: RunConfig, **arguments: Any) -> lightning.Trainer:
-    parallel = config.devices * config.num_nodes > 1
+def _trainer(config: RunConfig, *, sharded: bool = False, **arguments: Any) -> lightning.Trainer:
+    world = config.devices * config.num_nodes
+    backend = "gloo" if config.accelerator == "cpu" else None
     strategy: Any = "auto"
-    if parallel:
+    if world > 1 and sharded:
+        strategy = ModelParallelStrategy(
+            data_parallel_size=world,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            process_group_backend=backend,
+        )
+    elif world > 1:
         # Buffers are seeded alike on every rank; ranks may test unequal numbers of batches, which a broadcast would
         # wait for.
         strategy = DDPStrategy(
             broadcast_buffers=False,
             find_unused_parameters=config.find_unused_parameters,
-            process_group_backend="gloo" if config.accelerator == "cpu" else None,
+            process_group_backend=backend,
         )
     return lightning.Trainer(
         accelerator=config.accelerator,
         devices=config.devices,
         num_nodes=config.num_nodes,
         strategy=strategy,
-        plugins=_environment() if parallel else LightningEnvironment(),
+        plugins=_environment() if world > 1 else LightningEnvironment(),
         precision=config.precision,  # type: ignore[arg-type]
         use_distributed_sampler=False,
         num_sanity_val_steps=0,

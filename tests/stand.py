@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, MetricCollection, SumMetric
 
-from hhbench import hosts, ranks, train
+from hhbench import hosts, ranks, sharding, train
 from hhbench.config import RunConfig
 from hhbench.task import Batch, Dataset, Example, Split, StepOutput, Task, TaskData, key_mask_of, padded
 from hhbench.train import Schedule, TrainStage, TransferStage, fit, loader
@@ -190,7 +190,8 @@ class Recorded:
         super().on_before_optimizer_step(optimizer)
         self.steps.append(self.global_step)
         self.rates.append(optimizer.param_groups[0]["lr"])
-        self.gradients.append({n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None})
+        found = ((name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None)
+        self.gradients.append({name: sharding.whole(gradient).clone() for name, gradient in found})
 
 
 class RecordedTraining(Recorded, TrainStage):

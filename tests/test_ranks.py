@@ -1,7 +1,9 @@
 """Who started this process; and that two processes take the step of one."""
 
 import copy
+import dataclasses
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from torch import Tensor
 from hhbench import ranks
 from hhbench.errors import HHBenchError, UsageError
 from hhbench.ranks import Launch, first_host, launched
+from hhbench.stopping import Stopped
 from hhbench.train import evaluate
 
 # --- who started this process ---
@@ -93,6 +96,7 @@ CASES: dict[str, dict[str, Any]] = {
     "transfer": {"stage": "transfer"},
     "transfer in parts": {"stage": "transfer", "train_examples": 33, "micro_batch_size": 2, "clip": 1e-3},
     "performer": {"stage": "train", "attn": "performer"},
+    "train, sharded": {"stage": "train", "train_examples": 33, "micro_batch_size": 2, "strategy": "fsdp"},
 }
 
 
@@ -101,6 +105,8 @@ def record(folder: Path, devices: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, case in CASES.items():
         settings = {k: v for k, v in case.items() if k not in ("stage", "lr", "clip")}
+        if devices == 1:
+            settings.pop("strategy", None)
         stand = Stand(devices=devices, **settings)
         schedule = make_schedule(case.get("lr", 1e-2), 1.0, 0.1, 0.1, case.get("clip", 1.0))
         trains = case["stage"] == "train"
@@ -120,11 +126,37 @@ def record(folder: Path, devices: int) -> dict[str, Any]:
     return found
 
 
+def record_stopped(folder: Path, strategy: str) -> dict[str, Any]:
+    """Train with dropout, once whole and once told to stop in the midst, and that to one rank alone."""
+    found: dict[str, Any] = {}
+    for name, resume in (("whole", False), ("stopped", False), ("stopped", True)):
+        stand = Stand(devices=2, dropout=0.3, strategy=strategy, resume=resume)
+        torch.manual_seed(3)
+        stage = stand.stage(make_schedule(1e-2, 2.0, 0.1, 0.1, 1.0))
+
+        def tell(
+            batch: Any, batch_idx: int, stage: Any = stage, asked: bool = name == "stopped" and not resume
+        ) -> None:
+            if asked and stage.global_step == 2 and ranks.rank() == 1:
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+        stage.on_train_batch_start = tell
+        try:
+            found[f"report, {name}"] = dataclasses.asdict(stand.fit(folder / name, stage))
+        except Stopped as stopped:
+            found["said"] = str(stopped)
+        found.setdefault(f"steps, {name}", []).extend(stage.steps)
+        found[name] = copy.deepcopy(stand.model.state_dict())
+    return found
+
+
 def record_as_rank(folder: str) -> None:
     """What each of two processes runs."""
     ranks.connect(make_config(devices=2))
     assert ranks.world_size() == 2
     found = record(Path(folder), 2)
+    for strategy in ("ddp", "fsdp"):
+        found[f"stopped, {strategy}"] = record_stopped(Path(folder) / strategy, strategy)
     torch.save(found, Path(folder) / f"rank-{ranks.rank()}.pt")
     ranks.barrier()
 
@@ -194,3 +226,15 @@ def test_two_processes_evaluate_every_example_once(worlds, split, count):
         assert metrics["accuracy"] == one_metrics["accuracy"]
         assert scores.keys() == one_scores.keys() == set(range(count))
         assert metrics["loss"] == pytest.approx(one_metrics["loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_signal_to_one_rank_stops_both_and_they_go_on_as_if_nothing_was(worlds, strategy):
+    for world in worlds[1:]:
+        found = world[f"stopped, {strategy}"]
+        assert found["said"] == "stopped by a signal after step 3"
+        assert found["steps, stopped"] == found["steps, whole"] == list(range(10))
+        assert found["report, stopped"]["tokens"] == found["report, whole"]["tokens"]
+        assert found["report, stopped"]["validation"] == found["report, whole"]["validation"]
+        for name, tensor in found["whole"].items():
+            assert torch.equal(found["stopped"][name], tensor), name

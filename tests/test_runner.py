@@ -399,6 +399,7 @@ SAME = {
     "save_model": True,
     "model_folder": "elsewhere",
     "find_unused_parameters": True,
+    "strategy": "fsdp",
 }
 
 

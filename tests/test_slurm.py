@@ -353,13 +353,13 @@ def uninterrupted(cluster: Cluster, *arguments: str) -> result.Result:
 
 @pytest.mark.slow
 def test_a_trial_longer_than_its_time_limit_ends_like_one_that_is_not(cluster, here):
-    submission = submitted(*LONG, "--epochs", "400", "--signal", "20", time="2")
+    submission = submitted(*LONG, "--epochs", "200", "--signal", "20", time="2")
     (trial,) = until_over(cluster, submission, 600)
     assert trial.word == "done", log_of(submission)
     said = log_of(submission)
     assert "Slurm starts it again" in said
     assert "continuing train" in said
-    assert trial.result.metrics == uninterrupted(cluster, *LONG, "--epochs", "400").metrics
+    assert trial.result.metrics == uninterrupted(cluster, *LONG, "--epochs", "200").metrics
 
 
 @pytest.mark.slow

@@ -142,10 +142,10 @@ def test_a_shared_teacher_is_trained_first_and_its_failure_stops_only_those_that
     )
     assert code == 1
     order = started(err)
-    assert order[:2] == ["recall/ar teacher s0"] * 2
+    assert all(title.startswith("recall/ar teacher ") for title in order[:2])
     assert sorted(order[2:]) == [f"recall/ar {name} (no-transfer) batch_size=16 s0" for name in ("elu", "relu")]
     assert "3 of 6 failed" in out
-    assert out.count("its teacher failed: ar gives 60 training examples, fewer than one batch of 4096") == 2
+    assert out.count("its teacher failed: ar gives 64 training examples, fewer than one batch of 4096") == 2
     assert {one.identity["settings"]["batch_size"] for one in result.find(Path("runs"))[0]} == {16}
     assert len(list(Path("runs/teachers").glob("*/model"))) == 1
 
