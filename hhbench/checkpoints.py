@@ -27,7 +27,6 @@ from hhbench.ranks import barrier, from_rank_zero, gathered, rank, summed_over_r
 
 log = logging.getLogger("hhbench")
 
-SECONDS_BETWEEN_CHECKPOINTS = 300.0  # what a machine that dies takes with it, at most
 KEPT = 2  # checkpoints of a stage: the newest, and the one before it
 
 
@@ -134,7 +133,7 @@ def adapt(checkpoint: dict[str, Any], accumulation: int) -> None:
 
 
 class Checkpoints(Callback):
-    """Keeps a stage's two last checkpoints, written every few minutes, on Ctrl-C, and when a cluster's signal asks.
+    """Keeps a stage's two last checkpoints, written every so many minutes, on Ctrl-C, and when a cluster's signal asks.
 
     They lie between two optimizer steps and hold the state of every rank's random numbers: what is dropped out after
     one is what would have been.
@@ -142,10 +141,11 @@ class Checkpoints(Callback):
     Args:
         folder: of the checkpoints, `step-NUMBER-HASH.ckpt`.
         accumulation: batches per optimizer step.
+        minutes: between two of them: what a machine that dies takes with it, at most.
     """
 
-    def __init__(self, folder: Path, accumulation: int) -> None:
-        self.folder, self.accumulation = folder, accumulation
+    def __init__(self, folder: Path, accumulation: int, *, minutes: float) -> None:
+        self.folder, self.accumulation, self.seconds = folder, accumulation, 60 * minutes
         self._saved = 0.0
         self._random: dict[str, Any] = {}  # as it was between the last two steps
         self._everywhere: list[dict[str, Any]] = []  # the same of each rank, while a checkpoint is written
@@ -172,7 +172,7 @@ class Checkpoints(Callback):
             set_random_state(self._resumed[rank()])
         self._resumed, self._random = [], random_state()
         # Validation and the order of a new epoch lie behind: nothing is between this and the step.
-        due = rank() == 0 and time.monotonic() - self._saved >= SECONDS_BETWEEN_CHECKPOINTS
+        due = rank() == 0 and time.monotonic() - self._saved >= self.seconds
         agreed = summed_over_ranks(stopping.noted() + 1e9 * due, module.device)
         told = agreed % 1e9
         if agreed and trainer.global_step:

@@ -297,6 +297,14 @@ class RunConfig:
         check=_positive,
         group="machine",
     )
+    checkpoint_minutes: float = setting(
+        "between two checkpoints: what is lost with a machine, at most",
+        default=5.0,
+        type=float,
+        check=_not_negative,
+        changes_result=False,
+        group="machine",
+    )
     logger: str = setting("where curves go", default="csv", choices=LOGGERS, changes_result=False, group="machine")
     out: Path = setting(
         "folder for results, teachers and checkpoints",
@@ -341,6 +349,8 @@ class RunConfig:
                 raise UsageError(f"{flag} is needed")
             if value is None:
                 continue
+            if meta["type"] is float and isinstance(value, int):  # 1 and 1.0 are one setting, with one key
+                object.__setattr__(self, field.name, float(value))
             if meta["choices"] and value not in meta["choices"]:
                 raise unknown_name(field.name, str(value), meta["choices"])
             if meta["check"] is not None and (complaint := meta["check"](value)):

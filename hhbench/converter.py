@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
@@ -22,7 +21,7 @@ from transformers.models.auto.modeling_auto import (
 from hhbench import models, pretrained
 from hhbench.attention import ATTENTIONS
 from hhbench.config import RunConfig
-from hhbench.data import image_files, offline
+from hhbench.data import image_files
 from hhbench.errors import UsageError
 from hhbench.runner import with_window
 from hhbench.task import TASKS, Kind, Task
@@ -50,7 +49,7 @@ def kind_of(model: str) -> Kind:
     elif close := difflib.get_close_matches(source, pretrained.PRETRAINED, n=1, cutoff=0.8):
         raise UsageError(f"no model named {model!r}. Did you mean {close[0]!r}?")
     with models.clear_errors(source):
-        config = AutoConfig.from_pretrained(source, local_files_only=offline())
+        config = models.config_of(source)
     architecture = (config.architectures or [""])[0]
     if config.model_type in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
         return "vision"

@@ -18,6 +18,7 @@ import csv
 import dataclasses
 import io
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -652,9 +653,14 @@ def _markdown_table(table: Table) -> str:
     return "\n".join([text, *lines, ""])
 
 
+# What a name could do in Markdown: end a cell, open a tag, an entity or code, link or show something from elsewhere.
+_ACTIVE = re.compile(r"[\\|<&`]|(?<=\])(?=[(\[:])|(?<=!)(?=\[)")
+
+
 def _one_line(text: str) -> str:
-    """Names are the user's own and may hold anything; a bar would start a new cell."""
-    return " ".join(text.replace("|", "\\|").split())
+    """Names are the user's own or a stranger's and may hold anything: here they are text and nothing else."""
+    shown = "".join(c if c.isprintable() else " " for c in text)  # a terminal obeys control characters
+    return " ".join(_ACTIVE.sub(r"\\\g<0>", shown).split())
 
 
 def _csv(tables: Sequence[Table]) -> str:
@@ -678,7 +684,8 @@ def _plain(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list | tuple):
         return " ".join(map(_plain, value))
-    return str(value)
+    text = "".join(c if c.isprintable() else " " for c in str(value))
+    return f"'{text}" if isinstance(value, str) and text.startswith(("=", "+", "-", "@")) else text  # no formula
 
 
 FORMATS: Final[Mapping[str, Callable[[Sequence[Table]], str]]] = {"md": _markdown, "csv": _csv}

@@ -61,7 +61,7 @@ def transformers_model(auto: Any, name: str, *, pretrained: bool, dropout: float
     if pretrained and "num_labels" in settings:
         _check_head(source, settings["num_labels"])
     with clear_errors(source):
-        config = AutoConfig.from_pretrained(source, local_files_only=offline(), **settings)
+        config = config_of(source, **settings)
         for name in DROPOUTS:
             if hasattr(config, name):
                 setattr(config, name, dropout)
@@ -75,10 +75,23 @@ def transformers_model(auto: Any, name: str, *, pretrained: bool, dropout: float
     return model
 
 
+def config_of(source: str, **settings: Any) -> Any:
+    """The config of a model of transformers: of the hub, or of a folder. Code that it brings or names is never run.
+
+    Raises:
+        UsageError: it names code of the hub that would take the attention's place.
+    """
+    config = AutoConfig.from_pretrained(source, local_files_only=offline(), trust_remote_code=False, **settings)
+    wanted = str(getattr(config, "_attn_implementation", None))
+    if "/" in wanted:
+        raise UsageError(f"{source} asks for code of the hub, {wanted}, which is not run: take it out of config.json")
+    return config
+
+
 def _check_head(source: str, num_labels: int) -> None:
     """A classifier's head is part of what was pretrained: it isn't thrown away unasked."""
     with clear_errors(source):
-        own = AutoConfig.from_pretrained(source, local_files_only=offline())
+        own = config_of(source)
     if (own.architectures or [""])[0].endswith("Classification") and own.num_labels != num_labels:
         raise UsageError(
             f"{source} has a head for {own.num_labels} labels, and the data have {num_labels}: name other data, or a "
@@ -186,11 +199,13 @@ def tokenizer(name: str) -> Any:
     folder = Path(source)
     if not folder.is_dir():
         with clear_errors(source):
-            return AutoTokenizer.from_pretrained(source, local_files_only=offline(), use_fast=True)
+            return AutoTokenizer.from_pretrained(
+                source, local_files_only=offline(), use_fast=True, trust_remote_code=False
+            )
     if not any(path.name.startswith(("tokenizer", "vocab")) or path.suffix == ".model" for path in folder.iterdir()):
         raise DataError(f"{source} holds no tokenizer, without which it can't read text: save the model's own there")
     try:
-        return AutoTokenizer.from_pretrained(source, local_files_only=True, use_fast=True)
+        return AutoTokenizer.from_pretrained(source, local_files_only=True, use_fast=True, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise DataError(f"the tokenizer in {source} can't be read ({in_one_line(error)})") from error
 
@@ -202,7 +217,7 @@ def weights_hash(name: str) -> dict[str, str]:
     if folder.is_dir():
         return {Path(name).absolute().name: hash_files(sorted(folder.glob("*.safetensors")))}  # its place says nothing
     with clear_errors(source):
-        commit = AutoConfig.from_pretrained(source, local_files_only=offline())._commit_hash
+        commit = config_of(source)._commit_hash
     return {name: str(commit)}
 
 
@@ -434,6 +449,7 @@ def _load_transformers(name: str, folder: Path) -> nn.Module:
     cls = _class_of_transformers(name)
     if cls is None:
         raise UsageError(f"transformers has no model class {name!r}")
+    config_of(str(folder))
     model, info = hosted_class(cls).from_pretrained(
         folder, local_files_only=True, use_safetensors=True, output_loading_info=True
     )

@@ -4,10 +4,12 @@ torchrun and Slurm start processes; hhbench joins them before anything asks for 
 processes are joined.
 """
 
+import contextlib
 import os
 import re
 import socket
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
@@ -130,6 +132,18 @@ def requeue() -> bool:
         )
         asked = done.returncode == 0
     return bool(summed_over_ranks(float(asked)))
+
+
+@contextlib.contextmanager
+def one_line_for_lost_ranks() -> Iterator[None]:
+    """What the survivors of a dead rank see is a broken connection, whose words tell a user nothing."""
+    try:
+        yield
+    except RuntimeError as error:
+        signs = ("gloo", "closed by peer", "reset by peer", "NCCL")
+        if world_size() == 1 or not any(sign in str(error) for sign in signs):
+            raise
+        raise HHBenchError(f"rank {rank()} lost the others: what ended the first of them is in its output") from error
 
 
 # ---- what ranks agree on ---------------------------------------------------------------------------------------

@@ -460,7 +460,10 @@ def checked(value: Any, kind: Any, path: str) -> Any:
         found = _of_type(value, dict, "an object", path)
         return {name: checked(item, get_args(kind)[1], _join(path, name)) for name, item in found.items()}
     if kind is float:
-        number = float(_of_type(value, (int, float), "a number", path))
+        try:
+            number = float(_of_type(value, (int, float), "a number", path))
+        except OverflowError:  # JSON's integers have no end
+            number = math.inf
         if not math.isfinite(number):
             raise HHBenchError(f"{path} is {number}, which is no finite number")
         return number

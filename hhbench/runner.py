@@ -10,6 +10,7 @@ A teacher is trained once and shared by all attentions and seeds that ask for th
 import contextlib
 import copy
 import dataclasses
+import io
 import logging
 import os
 import re
@@ -128,7 +129,7 @@ class Plan:
         settings["dataset"] = self.task.dataset(str(self.config.dataset)).title  # a path differs between machines
         if (model := settings["model"]) not in PRETRAINED and Path(model).is_dir():
             settings["model"] = Path(model).absolute().name  # its weights are hashed
-        settings["attn"] = self.spec.name  # and so does a user's file, which goes by its content
+        settings |= {"attn": self.spec.name, "task": self.task.name}  # a user's own file goes by its content
         return settings
 
     @property
@@ -398,6 +399,8 @@ class _Run:
         with _claimed(self.folder / ".lock"):
             if (found := self._found()) is not None:
                 return found
+            if rank() == 0:
+                (self.folder / result.FILE_NAME).unlink(missing_ok=True)  # with --force, what is run again
             made = self._run()
             if rank() == 0:
                 result.save(made, self.folder)
@@ -455,12 +458,13 @@ class _Run:
                     notes={"run": self._notes(made)},
                     processor=self.data.facts.get("processor"),
                 )
-            order = sorted(tested.scores)
+            order, packed = sorted(tested.scores), io.BytesIO()
             np.savez_compressed(
-                self.folder / "examples.npz",
+                packed,
                 index=np.array(order, dtype=np.int32),
                 score=np.array([tested.scores[i] for i in order], dtype=np.float32),
             )
+            result.write(self.folder / "examples.npz", packed.getvalue())
         return made
 
     def _notes(self, made: Result) -> dict[str, Any]:
@@ -573,6 +577,7 @@ class _Run:
         model = hosts.convert(self.task.build_model(c, self.data), "softmax")
         schedule = self._schedule(float(c.teacher_lr or 0), float(c.teacher_epochs or 0))
         stage = TrainStage(self.task, model, self.data, c, schedule)
+        stage.rate_flag = "--teacher-lr"
         report = self._fit(stage, folder, "train the teacher", seed=c.teacher_seed)
         score = self._test(model, "test the teacher").value
         if rank() == 0:
@@ -809,8 +814,8 @@ def _check_model_folder(folder: Path | None, *, key: str, force: bool) -> None:
 
 
 def _safe(name: str) -> str:
-    """A file name: a label may hold slashes and brackets."""
-    return re.sub(r"[^\w.=,+-]", "_", name)
+    """A file name: a label may hold slashes and brackets, and no name leads out of its folder."""
+    return re.sub(r"[^\w.=,+-]|^\.+", "_", name)[:100] or "_"
 
 
 def _is_measured(slot: hosts.AttentionSlot) -> bool:

@@ -11,6 +11,7 @@ import inspect
 import logging
 import math
 import random
+import sys
 import time
 import warnings
 from abc import abstractmethod
@@ -156,6 +157,8 @@ def loader(split: Split, data: TaskData, config: RunConfig, *, train: bool, seed
         collate_fn=collate,
         num_workers=config.workers,
         persistent_workers=config.workers > 0,
+        # What a task collates with need not be picklable. Elsewhere than on Linux forking is not safe.
+        multiprocessing_context="fork" if config.workers and sys.platform == "linux" else None,
         pin_memory=_on_cuda(config),
     )
 
@@ -357,7 +360,10 @@ class TrainStage(_Stage):
     Attributes:
         metrics: of the last evaluation, by name.
         scores: per example of the last evaluation, by index.
+        rate_flag: the option that sets the learning rate, for messages.
     """
+
+    rate_flag = "--lr"
 
     def __init__(self, task: Task, model: nn.Module, data: TaskData, config: RunConfig, schedule: Schedule) -> None:
         super().__init__(model, schedule)
@@ -398,7 +404,7 @@ class TrainStage(_Stage):
         if not torch.isfinite(loss):
             raise HHBenchError(
                 f"the loss is {float(loss.detach())} at step {self.global_step}: {self._origin(batch)}; try a lower "
-                "--lr or precision 32-true"
+                f"{self.rate_flag} or precision 32-true"
             )
         self.note("train/loss", out.loss.detach() * bool(count), count, batch_idx)
         return loss
@@ -556,9 +562,10 @@ class TransferStage(_Stage):
             encode(self.model, batch["inputs"])
         total = torch.stack([self.losses[name].total for name in self.taught]).mean() * bool(queries)
         if not torch.isfinite(total):
+            layer = next(name for name in self.taught if not torch.isfinite(self.losses[name].total))
             raise HHBenchError(
-                f"the transfer loss is {float(total)} at step {self.global_step}: try a lower --transfer-lr or "
-                "precision 32-true"
+                f"the transfer loss is {float(total)} at step {self.global_step}: that of {layer} is not finite; try a "
+                "lower --transfer-lr or precision 32-true"
             )
         self.note("transfer/loss", total, queries, batch_idx)
         if (batch_idx + 1) % self.accumulation:
@@ -712,7 +719,8 @@ def fit(
     steps = validations * math.ceil(steps / validations)
     stage.accumulation, stage.steps_between_points = batches_per_step, max(1, min(50, steps // 10))
     clock = _Clock()
-    callbacks: list[Callback] = [Progress(title, steps), clock, Checkpoints(folder, batches_per_step)]
+    keeper = Checkpoints(folder, batches_per_step, minutes=config.checkpoint_minutes)
+    callbacks: list[Callback] = [Progress(title, steps), clock, keeper]
     best = None
     if validation is not None:
         assert isinstance(stage, TrainStage)

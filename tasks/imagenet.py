@@ -278,12 +278,12 @@ def _transformers_inputs(config: RunConfig) -> Inputs:
         DataError: its image processor can't be had.
     """
     from torchvision.transforms.functional import hflip
-    from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     name, source = str(config.model), pretrained.source(str(config.model))
     with models.clear_errors(source):
-        host = AutoConfig.from_pretrained(source, local_files_only=data.offline())
-        processor = AutoImageProcessor.from_pretrained(source, local_files_only=data.offline())
+        host = models.config_of(source)
+        processor = AutoImageProcessor.from_pretrained(source, local_files_only=data.offline(), trust_remote_code=False)
     patch, most = getattr(host, "patch_size", None), getattr(host, "image_size", None)
     if not (isinstance(patch, int) and isinstance(most, int)):
         raise UsageError(f"{name} ({host.model_type}) doesn't cut square images into patches")

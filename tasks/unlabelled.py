@@ -12,11 +12,11 @@ from typing import Any, NoReturn
 import transformers
 from torch import nn
 from torchmetrics import MetricCollection
-from transformers import AutoConfig, AutoModel
+from transformers import AutoModel
 
 from hhbench import models, pretrained
 from hhbench.config import RunConfig
-from hhbench.data import PackageFile, hash_files, image_files, offline
+from hhbench.data import PackageFile, hash_files, image_files
 from hhbench.errors import DataError, HHBenchError, UsageError
 from hhbench.task import Batch, Dataset, Example, Split, Task, TaskData, key_mask_of, padded, register_task
 from hhbench.tasks import imagenet, lm
@@ -85,7 +85,7 @@ class Unlabelled(Task):
             return models.timm_model(name, pretrained=True, drop_rate=dropout)
         source = pretrained.source(name)
         with models.clear_errors(source):
-            known = AutoConfig.from_pretrained(source, local_files_only=offline())
+            known = models.config_of(source)
         if "vocab" in data.facts:
             pretrained.check_fit(name, known, vocab=data.facts["vocab"], max_len=int(config.max_len or 0))
         own = getattr(transformers, (known.architectures or [""])[0], AutoModel)

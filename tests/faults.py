@@ -37,10 +37,8 @@ def _main(
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)  # a fresh process's own
-    from hhbench import checkpoints
-
-    checkpoints.SECONDS_BETWEEN_CHECKPOINTS = seconds
-    sys.argv = ["hhbench", *arguments]
+    often = ["--checkpoint-minutes", str(seconds / 60)] if "run" in arguments[:1] else []
+    sys.argv = ["hhbench", *arguments, *often]
     runpy.run_module("hhbench", run_name="__main__", alter_sys=True)
 
 

@@ -170,9 +170,8 @@ def cut_off(stand: Stand, folder: Path, stage: Any, *, at: int, **arguments: Any
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1e6])
-def test_a_checkpoint_is_written_now_and_then(seconds, monkeypatch, tmp_path):
-    monkeypatch.setattr(checkpoints, "SECONDS_BETWEEN_CHECKPOINTS", seconds)
-    stand, steps = Stand(micro_batch_size=4), []
+def test_a_checkpoint_is_written_now_and_then(seconds, tmp_path):
+    stand, steps = Stand(micro_batch_size=4, checkpoint_minutes=seconds / 60), []
     stage = stand.stage(make_schedule(1e-2, 2.0, 0.1, 0.1, 1.0))
 
     def note(batch: Batch, batch_idx: int) -> None:
@@ -302,9 +301,8 @@ def test_a_terminated_stage_goes_on(tmp_path):
     assert_equal(resumed.model, whole.model)
 
 
-def test_a_full_disk_costs_the_checkpoint_and_not_the_run(monkeypatch, tmp_path, caplog):
-    monkeypatch.setattr(checkpoints, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
-    stand = Stand()
+def test_a_full_disk_costs_the_checkpoint_and_not_the_run(tmp_path, caplog):
+    stand = Stand(checkpoint_minutes=0.0)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
     try:
@@ -335,8 +333,7 @@ def make_killed(kind: str, **changes: Any) -> tuple[Stand, Any]:
 
 def fit_until_killed(kind: str, folder: str) -> None:
     """What the process that is killed runs: it stands still in its eighth step."""
-    checkpoints.SECONDS_BETWEEN_CHECKPOINTS = 0.0
-    stand, stage = make_killed(kind)
+    stand, stage = make_killed(kind, checkpoint_minutes=0.0)
 
     def wait(batch: Batch, batch_idx: int) -> None:
         if stage.global_step == 7:
@@ -451,11 +448,10 @@ def test_what_is_drawn_for_an_example_goes_by_seed_epoch_and_index():
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty"])
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(damage, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(checkpoints, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(damage, tmp_path, caplog):
     whole = Stand()
     whole.fit(tmp_path / "whole", whole.stage())
-    stand = Stand()
+    stand = Stand(checkpoint_minutes=0.0)
     cut_off(stand, tmp_path / "cut", stand.stage(), at=4)
     older, newest = sorted((tmp_path / "cut").glob("step-*.ckpt"))
     content = bytearray(newest.read_bytes())

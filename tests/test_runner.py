@@ -400,6 +400,7 @@ SAME = {
     "model_folder": "elsewhere",
     "find_unused_parameters": True,
     "strategy": "fsdp",
+    "checkpoint_minutes": 1.0,
 }
 
 

@@ -1,6 +1,7 @@
 """hhbench run: train or convert, test, tabulate."""
 
 import argparse
+import contextlib
 import logging
 import os
 from collections.abc import Iterable
@@ -48,7 +49,9 @@ def call(args: argparse.Namespace) -> int:
     if told is None:
         with heeding():
             return _run(args, None)
-    for suffix in (".failed", ".stopped"):
+    from hhbench.ranks import launched
+
+    for suffix in (".failed", ".stopped") if launched().rank == 0 else ():
         told.with_name(told.name + suffix).unlink(missing_ok=True)
     try:
         with heeding():  # before anything heavy is imported: a cluster's signal may come then
@@ -56,7 +59,9 @@ def call(args: argparse.Namespace) -> int:
     except BaseException as error:
         suffix = ".stopped" if isinstance(error, Stopped | KeyboardInterrupt) else ".failed"
         said = str(error) if isinstance(error, HHBenchError) else in_one_line(error)
-        told.with_name(told.name + suffix).write_text(said + "\n")
+        place = told.with_name(told.name + suffix)
+        with contextlib.suppress(FileExistsError), place.open("x") as file:  # the first that fails knows why
+            file.write(said + "\n")
         raise
 
 
@@ -82,12 +87,14 @@ def _run(args: argparse.Namespace, told: Path | None) -> int:
         for file in plan.task.files(plan.config):
             data.fetch(file)
     if args.teacher_only:
-        teachers = {train_teacher(plan.given) for plan in plans} - {None}
+        with ranks.one_line_for_lost_ranks():
+            teachers = {train_teacher(plan.given) for plan in plans} - {None}
         _tell(told, teachers)
         for folder in sorted(map(str, teachers)) if ranks.rank() == 0 else ():
             print(f"teacher: {folder}")
         return 0
-    results = [execute(plan.given) for plan in plans]
+    with ranks.one_line_for_lost_ranks():
+        results = [execute(plan.given) for plan in plans]
     _tell(told, [path for _, path in results])
     if told is None and ranks.rank() == 0:
         _print_tables(results, configs[0].out)

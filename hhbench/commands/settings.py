@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hhbench.config import RunConfig, options_of
+from hhbench.config import RunConfig, options_of, split_label
 from hhbench.errors import UsageError, unknown_name
 
 
@@ -60,6 +60,9 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     for name in ("task", "attn"):
         if values.get(name) and getattr(args, name, None) is None:
             _check_named_in_file(name, str(values[name]), allow_code=allow_code)
+    if values.get("layers") and getattr(args, "layers", None) is None:
+        for _, label in RunConfig.from_dict({"task": "any", "attn": "any", "layers": values["layers"]}).layers:
+            _check_named_in_file("attn", split_label(label)[0], allow_code=allow_code)
     return values
 
 
@@ -91,7 +94,7 @@ def settings_in(path: Path) -> dict[str, Any]:
 
     try:
         values = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise UsageError(f"--config {path} can't be read: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):
         raise UsageError(f"--config {path} must hold settings, one `name: value` a line")

@@ -5,7 +5,7 @@ import difflib
 import inspect
 from pathlib import Path
 
-from hhbench.commands.shown import print_table
+from hhbench.commands.shown import literal, print_table
 from hhbench.config import PRESETS, RECIPES, RunConfig
 from hhbench.errors import HHBenchError, UsageError
 
@@ -34,7 +34,8 @@ def call(args: argparse.Namespace) -> int:
     if len(args.name) == 2:
         first, second = (result.find_by_prefix(args.out, name) for name in args.name)
         rows = result.diff_identity(first.identity, second.identity)
-        print_table(("setting", first.key, second.key), rows) if rows else print("the same key")
+        cells = ([literal(str(cell)) for cell in row] for row in rows)
+        print_table(("setting", first.key, second.key), cells) if rows else print("the same key")
         return 0
     name = args.name[0]
     if name in RECIPES and name not in ATTENTIONS.names():  # hedgehog and t2r are both
