@@ -1,72 +1,105 @@
-"""More than one device on this machine: torchrun starts a process for each, and this one waits for them."""
+"""More than one device on this machine: torchrun's agent starts a process for each, and this one waits for them."""
 
+import contextlib
+import logging
 import os
-import subprocess
+import signal
 import sys
 import tempfile
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import FrameType
 
 import yaml
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from hhbench import stopping
 from hhbench.config import RunConfig
 from hhbench.errors import HHBenchError
 
-if TYPE_CHECKING:
-    from hhbench.result import Result
 
-SECONDS_BETWEEN_LOOKS = 0.2
-SECONDS_TO_STOP = 30.0  # torchrun's own patience
+def on_all_devices(config: RunConfig, *flags: str) -> list[Path]:
+    """`hhbench run` of a config in a process for each device of this machine, and the paths that rank 0 told of.
 
-
-def on_all_devices(config: RunConfig) -> "tuple[Result, Path]":
-    """Run a config under torchrun on this machine, and read the result that rank 0 wrote.
+    Args:
+        flags: further ones of the command.
 
     Raises:
         HHBenchError: a process failed; what it said stands above.
         Stopped: a signal came, and the processes kept a checkpoint.
     """
-    from hhbench import result
-
     if config.num_nodes > 1:
         raise HHBenchError("more than one node needs a launcher: torchrun on each node, or srun")
+    config.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=config.out) as folder:
         settings, told = Path(folder) / "run.yaml", Path(folder) / "result-path"
         settings.write_text(yaml.safe_dump({k: v for k, v in config.as_dict().items() if v not in (None, [], {})}))
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={config.devices}",
-        ]
-        command += ["-m", "hhbench", "run", "--config", str(settings), "--allow-code"]
-        environment = os.environ | {"HHBENCH_RESULT_PATH": str(told)}
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // config.devices)))
-        code = _wait(subprocess.Popen(command, env=environment))
-        stopping.stop(stopping.noted(), "with all its processes")
-        if code or not told.exists():
-            raise HHBenchError(f"a process of {config.devices} failed (exit code {code}); its message stands above")
-        path = Path(told.read_text())
-        return result.load(path), path
-
-
-def _wait(launcher: "subprocess.Popen[bytes]") -> int:
-    """The launcher's exit code. What this process is told, its processes are told: torchrun passes SIGTERM on to them,
-    and they keep a checkpoint.
-    """
-    passed_on = False
-    while True:
-        try:
-            return launcher.wait(SECONDS_BETWEEN_LOOKS)
-        except subprocess.TimeoutExpired:
-            if stopping.noted() and not passed_on:
-                launcher.terminate()
-                passed_on = True
-        except BaseException:  # Ctrl-C reaches the whole group: they end by themselves
+        variables = {"HHBENCH_RESULT_PATH": str(told)}
+        if "OMP_NUM_THREADS" not in os.environ:
+            variables["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // config.devices))
+        launch = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=config.devices,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+        )
+        command = ["-m", "hhbench", "run", "--config", str(settings), "--allow-code", *flags]
+        with _environment(variables), _passing_signals_on() as received:
             try:
-                launcher.wait(SECONDS_TO_STOP)
-            except subprocess.TimeoutExpired:
-                launcher.kill()
-            raise
+                elastic_launch(launch, sys.executable)(*command)
+            except SignalException as ended:
+                received.add(int(ended.sigval))
+            except ChildFailedError:
+                pass  # it said so itself
+        if signal.SIGINT in received:
+            raise KeyboardInterrupt
+        if received:
+            raise stopping.Stopped("stopped by a signal, all processes with it", again=False)
+        if not told.exists():
+            raise HHBenchError(f"a process of {config.devices} failed; its message stands above")
+        return [Path(line) for line in told.read_text().splitlines()]
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Variables for the processes that are started inside."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _passing_signals_on() -> Iterator[set[int]]:
+    """The signals that come inside. The agent passes SIGTERM on to its processes, which keep a checkpoint then; a
+    cluster's SIGUSR1 is made one. What the agent says of its processes' ends is left out: they speak for themselves.
+    """
+    received: set[int] = set()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        del frame
+        received.add(number)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    numbers = (*stopping.SIGNALS, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    signal.signal(signal.SIGUSR1, end)
+    logging.disable(logging.ERROR)
+    try:
+        yield received
+    finally:
+        logging.disable(logging.NOTSET)
+        for number, handler in before.items():
+            signal.signal(number, handler)

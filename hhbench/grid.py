@@ -140,10 +140,9 @@ def grid_of(args: argparse.Namespace) -> Grid:
         if name in flags:
             raise UsageError(f"--grid {text}: {name} is given twice")
         flags[name] = values
-    for name in ("task", "attn"):
-        if name in in_file and name not in flags:  # a file can't allow itself
-            for label in _values(name, in_file[name]):
-                _look_up(name, label, allow_code=bool(args.allow_code))
+    # A file can't allow itself.
+    for kind, label in _named({name: value for name, value in in_file.items() if name not in flags}):
+        _look_up(kind, label, allow_code=bool(args.allow_code))
     options = _options(in_file) | _options(flags)
     return product(_without_options(in_file) | _without_options(flags) | ({"option": options} if options else {}))
 
@@ -273,6 +272,16 @@ def _axes(settings: Mapping[str, Any]) -> dict[str, list[Any]]:
     # A whole table with one seed comes before a part of it with all.
     first = {name: axes.pop(name) for name in ("seed", "task", "dataset", "attn", "recipe") if name in axes}
     return first | axes | {f"{OPTION}{name}": _listed(value) for name, value in _options({"option": options}).items()}
+
+
+def _named(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The tasks and attentions that settings name, those of single layers too."""
+    for kind in ("task", "attn"):
+        for label in _values(kind, settings.get(kind) or []):
+            yield kind, label
+    for layers in _values("layers", settings.get("layers") or {}):
+        for _, label in RunConfig.from_dict({"task": "any", "attn": "any", "layers": layers}).layers:
+            yield "attn", label
 
 
 def _look_up(kind: str, label: str, *, allow_code: bool = True) -> None:

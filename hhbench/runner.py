@@ -315,8 +315,8 @@ def execute(config: RunConfig) -> tuple[Result, Path]:
     if config.devices * config.num_nodes > 1 and launched().by is None:
         from hhbench.cluster import on_all_devices
 
-        config.out.mkdir(parents=True, exist_ok=True)
-        return on_all_devices(config)
+        (path,) = on_all_devices(config)
+        return result.load(path), path
     under_way = _Run(plan)
     return under_way.result(), under_way.folder / result.FILE_NAME
 
@@ -331,6 +331,10 @@ def train_teacher(config: RunConfig) -> Path | None:
     check_world(config, launched())
     if plan.teacher_settings is None:
         return None
+    if config.devices * config.num_nodes > 1 and launched().by is None:
+        from hhbench.cluster import on_all_devices
+
+        return on_all_devices(config, "--teacher-only")[0]
     under_way = _Run(plan)
     under_way.load_teacher()
     return Path(str(under_way.teacher_folder))

@@ -339,7 +339,7 @@ def standings(name: str) -> Mapping[int, Standing]:
         job, index, state, reason = line.split("|", 3)
         one = Standing(int(job), state, reason)
         other = found.get(int(index))
-        if other is None or (one.alive, one.job) > (other.alive, other.job):  # sent by hand once more
+        if other is None or one.job > other.job:  # it may have been sent by hand once more
             found[int(index)] = one
     return found
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -70,20 +71,27 @@ class Hurt:
         variables = {"HHBENCH_CACHE": str(self.folder / "cache")}
         return Run(arguments, self.folder / f"log-{self.starts}", variables, **options)
 
-    def kill_in(self, stage: str, seconds: dict[str, float], draw: random.Random) -> bool:
-        """Start it and kill it at a random moment of a stage. False if it was done before."""
-        run = self.start()
-        if stage == "checkpointing":
-            nth, delay = draw.randint(1, 6), draw.uniform(0, 0.02)
-            seen: set[Path] = set()
-            run.until(lambda _: len(self._written(seen)) >= nth)
-        else:
-            run.until(lambda run: BEGINNINGS[stage](self.out, run))
-            delay = draw.uniform(0, 0.9 * seconds[stage])
-        time.sleep(delay)
-        run.kill()
-        nothing_half_is_trusted(self.out)
-        return run.process.exitcode == SIGKILL
+    def kill_in(self, stage: str, seconds: dict[str, float], draw: random.Random) -> None:
+        """Start it and kill it at a random moment of a stage. Where it was done before, it begins anew, to be killed
+        sooner.
+        """
+        nth = draw.randint(1, 6)  # checkpoint
+        delay = draw.uniform(0, 0.02 if stage == "checkpointing" else 0.9 * seconds[stage])
+        for attempt in range(8):
+            run = self.start()
+            if stage == "checkpointing":
+                seen: set[Path] = set()
+                run.until(lambda _, seen=seen: len(self._written(seen)) >= nth)
+            else:
+                run.until(lambda run: BEGINNINGS[stage](self.out, run))
+            time.sleep(delay / 2**attempt)
+            run.kill()
+            nothing_half_is_trusted(self.out)
+            if run.process.exitcode == SIGKILL:
+                return
+            assert run.process.exitcode == 0, run.said
+            shutil.rmtree(self.out)
+        raise AssertionError(f"{stage} is over too soon to be killed in")
 
     def _written(self, seen: set[Path]) -> set[Path]:
         """The checkpoints that were ever there, or begun, since the first look."""
@@ -106,7 +114,7 @@ def hurt(arguments, tmp_path):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_once_in_each_stage_it_ends_as_if_nothing_had_been(hurt, uninterrupted, stage):
-    assert hurt.kill_in(stage, uninterrupted.seconds, random.Random(stage))
+    hurt.kill_in(stage, uninterrupted.seconds, random.Random(stage))
     assert hurt.finish() == uninterrupted.kept
 
 
@@ -114,8 +122,8 @@ def test_killed_once_in_each_stage_it_ends_as_if_nothing_had_been(hurt, uninterr
 @pytest.mark.parametrize("seed", range(50))
 def test_killed_one_to_three_times_anywhere_it_ends_as_if_nothing_had_been(hurt, uninterrupted, seed):
     draw = random.Random(1000 + seed)
-    killed = [hurt.kill_in(draw.choice(STAGES), uninterrupted.seconds, draw) for _ in range(draw.randint(1, 3))]
-    assert killed[0]
+    for _ in range(draw.randint(1, 3)):
+        hurt.kill_in(draw.choice(STAGES), uninterrupted.seconds, draw)
     assert hurt.finish() == uninterrupted.kept
 
 
@@ -262,7 +270,9 @@ def test_a_loader_worker_that_dies_is_an_error_not_a_hang(hurt, uninterrupted, n
     run = hurt.start("--workers", "2")
     assert run.until(lambda run: len(run.children()) >= 2), run.said
     os.kill(run.children()[0], number)
-    assert "worker" in fails_in_one_line(run)
+    assert run.wait() == 1, run.said
+    # Where the other worker was just handing over a tensor, its multiprocessing thread may have its say before.
+    assert re.match(r"hhbench: .*worker", run.said.strip().splitlines()[-1]), run.said
     assert hurt.finish() == uninterrupted.kept
 
 

@@ -248,6 +248,11 @@ def test_a_file_may_not_import_code_unless_it_is_allowed_to(tmp_path):
     with pytest.raises(UsageError, match="--allow-code"):
         parsed("--config", file)
     assert len(parsed("--config", file, "--allow-code").trials) == 2
+    for layers in ("{0: 'mine.py:OnlyForward'}", "[{0: elu}, {1: 'mine.py:OnlyForward'}]"):
+        other = tmp_path / "layers.yaml"
+        other.write_text(f"task: recall\ndataset: ar\nattn: elu\nlayers: {layers}\n")
+        with pytest.raises(UsageError, match="--allow-code"):
+            parsed("--config", other)
     assert len(parsed("--config", file, "--attn", "mine.py:OnlyForward").trials) == 1  # a flag may
 
 

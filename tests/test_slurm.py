@@ -5,6 +5,9 @@ import os
 import re
 import shlex
 import subprocess
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,8 @@ import slurm_cluster
 import yaml
 from slurm_cluster import NODES, Cluster
 
-from hhbench import result, slurm, submit
+from hhbench import leaderboard, result, slurm, submit
+from hhbench.attention import ATTENTIONS
 from hhbench.cli import main
 from hhbench.errors import HHBenchError, UsageError
 
@@ -194,6 +198,9 @@ def test_no_text_of_a_user_is_read_as_shell(tmp_path):
             srun=[f"--comment={bad}"],
         ),
     )
+    options = [shlex.split(line.removeprefix("#SBATCH ")) for line in text.splitlines() if line.startswith("#SBATCH")]
+    assert all(len(option) == 1 for option in options)
+    assert [f"--account={bad}"] in options
     # Its commands print what they were called with.
     shown = 'show() { printf "%s\\n" "$@" GIVEN="$GIVEN"; }; module() { show "$@"; }; srun() { show "$@"; }\n'
     body = shown + text.replace("exec srun", "srun")
@@ -279,6 +286,14 @@ def until_at_work(cluster: Cluster, folder: Path, more_than: int = 0) -> int:
     return steps()
 
 
+def preempt(cluster: Cluster) -> None:
+    """A job of the higher partition takes both nodes, and is over."""
+    urgent = cluster.run(
+        "sbatch", "--parsable", "-p", "high", "-N", "2", "--exclusive", "-o", "/dev/null", "--wrap=true"
+    )
+    cluster.until("the urgent job is done", lambda: "COMPLETED" in cluster.jobs(urgent.stdout.strip()).values())
+
+
 def log_of(submission: submit.Submission) -> str:
     return submission.log(0).read_text()
 
@@ -319,10 +334,7 @@ def test_an_array_goes_on_when_a_trial_fails(cluster, here, capsys):
 def test_preempted_it_goes_on_where_it_was(cluster, here):
     submission = submitted("--attn", "slow.py:Slow", "--num-nodes", "2", "--epochs", "40")
     before = until_at_work(cluster, here)
-    urgent = cluster.run(
-        "sbatch", "--parsable", "-p", "high", "-N", "2", "--exclusive", "-o", "/dev/null", "--wrap=true"
-    )
-    cluster.until("the urgent job is done", lambda: "COMPLETED" in cluster.jobs(urgent.stdout.strip()).values())
+    preempt(cluster)
     (trial,) = until_over(cluster, submission)
     assert trial.word == "done", log_of(submission)
     said = log_of(submission)
@@ -420,7 +432,7 @@ def test_a_node_whose_name_does_not_resolve_is_said_at_once(cluster, here):
 
 
 @pytest.mark.slow
-def test_what_is_cancelled_is_stopped_and_the_same_again_goes_on(cluster, here, capsys):
+def test_what_is_cancelled_is_stopped_and_goes_on_when_it_is_sent_again(cluster, here, capsys):
     submission = submitted(*LONG, "--attn", "elu,slow.py:Slow", "--throttle", "1")
     until_at_work(cluster, here)
     capsys.readouterr()
@@ -430,8 +442,56 @@ def test_what_is_cancelled_is_stopped_and_the_same_again_goes_on(cluster, here, 
     assert sorted(trial.word for trial in trials) == ["done", "stopped"]
     assert main(["status", submission.id]) == 0
     assert "CANCELLED" in capsys.readouterr().out
-    again = submitted(*LONG, "--attn", "elu,slow.py:Slow")
-    assert [trial.word for trial in until_over(cluster, again)] == ["done", "done"]
+    # The script that lies there, sent again by hand.
+    cluster.run("sbatch", str(submission.folder / "trials.sh"))
+    assert [trial.word for trial in until_over(cluster, submission)] == ["done", "done"]
+
+
+# Every attention, each at work for some seconds: recall from scratch, movie reviews on a pretrained encoder.
+TABLE = [
+    "--task", "recall,glue", "--dataset", "ar,movie-reviews", "--attn", "all", "--max-len", "32",
+    "--train-examples", "128", "--test-examples", "64", "--batch-size", "8", "--epochs", "1", "--teacher-epochs", "1",
+    "--transfer-epochs", "1", "--lr", "5e-4", "--teacher-lr", "5e-4", "--accelerator", "cpu", "--logger", "none",
+]  # fmt: skip
+
+
+def tables_of(results: Iterable[result.Result]) -> dict[str, list[leaderboard.Row]]:
+    """The leaderboard's rows by table, without what was measured by the clock."""
+    return {
+        table.title: [replace(row, tokens_per_s=None, peak_memory_mb=None) for row in table.rows]
+        for table in leaderboard.tables(results)
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_a_sweep_that_is_preempted_makes_the_table_of_a_laptop(cluster, here, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert main(["sweep", *TABLE, "--parallel", "2", "--out", "laptop"]) == 0
+    by_laptop = tables_of(result.find(Path("laptop"))[0])
+    every = ATTENTIONS.names()
+    assert [len(rows) for rows in by_laptop.values()] == [len(every), len(every)]
+
+    submit_it = ["submit", "--on", "slurm", "--time", "30", "--throttle", "2", *TABLE, "--out", "cluster"]
+    assert main(submit_it) == 0
+    submission = submit.find_submission(Path("cluster"), None)
+    logs = [submission.log(i) for i in range(len(submission.record.trials))]
+    assert len(logs) == 2 * len(every)
+
+    def trains(log: Path) -> bool:
+        return log.exists() and " parameters to " in log.read_text()
+
+    for log in (*logs[2 : len(every) : 5], *logs[len(every) :: 3]):
+        cluster.until(f"{log.name} trains", partial(trains, log), 600)
+        preempt(cluster)
+    trials = until_over(cluster, submission, 900)
+    assert {trial.word for trial in trials} == {"done"}, [trial.note for trial in trials]
+    started_again = [log.name for log in logs if "Slurm starts it again" in log.read_text()]
+    went_on = [log.name for log in logs if "continuing " in log.read_text()]
+    print(f"{len(started_again)} of {len(logs)} trials were started again, {len(went_on)} from a checkpoint")
+    assert len(started_again) >= 2
+    assert len(went_on) >= 2
+    assert tables_of(trial.result for trial in trials) == by_laptop
 
 
 def test_what_this_cluster_cannot_do_is_refused_before_anything_is_sent(cluster, here, capsys):
