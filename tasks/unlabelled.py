@@ -88,7 +88,9 @@ class Unlabelled(Task):
             known = models.config_of(source)
         if "vocab" in data.facts:
             pretrained.check_fit(name, known, vocab=data.facts["vocab"], max_len=int(config.max_len or 0))
-        own = getattr(transformers, (known.architectures or [""])[0], AutoModel)
+        found = getattr(transformers, (known.architectures or [""])[0], None)
+        is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+        own: Any = found if is_model else AutoModel
         return models.transformers_model(own, name, pretrained=True, dropout=dropout)
 
     def step(self, model: nn.Module, batch: Batch) -> NoReturn:

@@ -90,7 +90,7 @@ def _run(args: argparse.Namespace, told: Path | None) -> int:
         with ranks.one_line_for_lost_ranks():
             teachers = {train_teacher(plan.given) for plan in plans} - {None}
         _tell(told, teachers)
-        for folder in sorted(map(str, teachers)) if ranks.rank() == 0 else ():
+        for folder in sorted(map(str, teachers)) if told is None and ranks.rank() == 0 else ():
             print(f"teacher: {folder}")
         return 0
     with ranks.one_line_for_lost_ranks():
