@@ -9,12 +9,15 @@ import dataclasses
 import itertools
 import logging
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from statistics import median
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import yaml
 
 from hhbench.config import RunConfig, option_value, split_label
 from hhbench.errors import HHBenchError, UsageError, unknown_name
@@ -31,6 +34,11 @@ LEFT_OUT: Final = (*LISTS, "seed", "resume", "model_folder")
 OWN_LISTS: Final[Mapping[str, type]] = {"tune": list, "keep_layers": list, "layers": dict}  # what an axis is a list of
 SEEDS_AT_MOST: Final = 10_000
 OPTION: Final = "option."
+Likeness = Literal["seeds", "attention", "size"]
+# What an earlier result may differ in from a trial that it is a guide to, and what it may not.
+SEEDS: Final = ("seed", "teacher_seed")
+ATTENTION: Final = (*SEEDS, "attn", "option", "recipe", "layers", "keep_layers", "lr", "teacher_lr", "transfer_lr")
+SIZE: Final = ("task", "preset", "regime", "model", "max_len")
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,12 @@ class Trial:
         return None if self.plan.teacher_settings is None else key_of(_teacher_identity(self.plan))
 
     @property
+    def yaml(self) -> str:
+        """Its settings, as `hhbench run --config` reads them."""
+        settings = {name: value for name, value in self.config.as_dict().items() if value not in (None, [], {})}
+        return yaml.safe_dump(settings, sort_keys=False)
+
+    @property
     def own_files(self) -> bool:
         """Whether it reads data or weights of the user's, which may change while every setting stays."""
         from hhbench.pretrained import PRETRAINED
@@ -85,7 +99,7 @@ class LeftOut:
 
     def line(self) -> str:
         shown = ", ".join(self.names[:4]) + (f" and {len(self.names) - 4} more" if len(self.names) > 4 else "")
-        return f"left out: {shown} ({self.runs} run{'s' * (self.runs != 1)}): {self.reason}"
+        return f"left out: {shown} ({counted(self.runs, 'run')}): {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -240,6 +254,48 @@ def teachers_of(trials: Sequence[Trial]) -> list[Trial]:
             name, title = _safe(f"teacher-{task}-{dataset}-{teacher[:8]}"), f"{task}/{dataset} teacher {teacher[:8]}"
             made.append(dataclasses.replace(trial, name=name, title=title))
     return made
+
+
+class Earlier:
+    """The results and the teachers below a folder, as a guide to trials that are still to run.
+
+    A result that is like a trial by "seeds" differs from it in nothing else; by "attention", in what an attention and
+    its recipe bring along too; by "size" it has the same task, model and length at least.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self._results: defaultdict[str, list[Result]] = defaultdict(list)
+        for one in find(out)[0] if out.is_dir() else []:
+            for key in _likeness_keys(one.identity["settings"]).values():
+                self._results[key].append(one)
+        self._teachers: defaultdict[str, list[float]] = defaultdict(list)
+        for identity, seconds in _teachers_below(out):
+            self._teachers[_likeness_keys(identity["settings"])["size"]].append(seconds)
+
+    def like(self, trial: Trial, likeness: Likeness) -> Sequence[Result]:
+        """The results that are so like a trial."""
+        return self._results.get(_likeness_keys(trial.plan.settings)[likeness], ())
+
+    def device_seconds(
+        self, trial: Trial, likenesses: Sequence[Likeness] = ("seeds", "attention", "size")
+    ) -> float | None:
+        """How long a trial trains, times its devices: the median of the results that are like it in the first of
+        these ways that has any. None: there are none.
+        """
+        for likeness in likenesses:
+            if alike := self.like(trial, likeness):
+                return median(sum(one.cost["seconds"].values()) * one.environment["world_size"] for one in alike)
+        return None
+
+    def teacher_seconds(self, trial: Trial) -> float | None:
+        """How long its teacher trains: the median of those of the same size. None: there are none."""
+        seconds = self._teachers.get(_likeness_keys(trial.plan.teacher_settings or {})["size"])
+        return median(seconds) if seconds else None
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 run`, `1,200 runs`."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 # ---- settings to combinations ----------------------------------------------------------------------------------
@@ -434,10 +490,10 @@ def _known_before_loading(result: Result) -> dict[str, Any]:
 
 def _trained(trial: Trial) -> set[str]:
     """The keys of the teachers below a trial's folder, by what is known before data are loaded."""
-    return {key_of(identity) for identity, _ in teachers_below(trial.config.out)}
+    return {key_of(identity) for identity, _ in _teachers_below(trial.config.out)}
 
 
-def teachers_below(out: Path) -> Iterable[tuple[dict[str, Any], float]]:
+def _teachers_below(out: Path) -> Iterable[tuple[dict[str, Any], float]]:
     """The teachers that are trained: what is known of each before data are loaded, and the seconds that it took."""
     from hhbench import models
 
@@ -455,3 +511,12 @@ def teachers_below(out: Path) -> Iterable[tuple[dict[str, Any], float]]:
             )
         except (HHBenchError, KeyError, TypeError, ValueError, AttributeError):
             continue  # not one, or damaged: the run that needs it says so
+
+
+def _likeness_keys(settings: Mapping[str, Any]) -> dict[Likeness, str]:
+    """For each likeness what two settings that have it share."""
+    return {
+        "seeds": key_of({name: value for name, value in settings.items() if name not in SEEDS}),
+        "attention": key_of({name: value for name, value in settings.items() if name not in ATTENTION}),
+        "size": key_of({name: settings.get(name) for name in SIZE}),
+    }

@@ -20,23 +20,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from statistics import fmean
-from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict
-
-import yaml
+from typing import Final, Literal, TypedDict
 
 from hhbench import slurm, torchrun
-from hhbench.config import RunConfig
 from hhbench.errors import HHBenchError, UsageError, unknown_name
-from hhbench.result import Result, checked, find, load, write
-
-if TYPE_CHECKING:
-    from hhbench.grid import Trial
+from hhbench.grid import Earlier, Trial, counted
+from hhbench.result import Result, checked, load, write
 
 Word = Literal["done", "failed", "running", "pending", "stopped"]
 WORDS: Final[tuple[Word, ...]] = ("done", "failed", "running", "pending", "stopped")
 RECORD: Final = "submission.json"
-SEEDS: Final = ("seed", "teacher_seed")
 LONGEST_MESSAGE: Final = 10_000  # of a failure, in characters
 
 
@@ -76,12 +69,16 @@ class Submission:
         """The names of its jobs in Slurm: the teachers', the trials'."""
         return f"hhbench-{self.id}-teachers", f"hhbench-{self.id}"
 
-    def told(self, index: int) -> Path:
-        """The file that holds the path of a trial's result."""
-        return self.folder / "results" / _number(index)
+    def config(self, index: int, *, teacher: bool = False) -> Path:
+        """The settings of a trial, or of a shared teacher."""
+        return self.folder / ("teachers" if teacher else "trials") / f"{_number(index)}.yaml"
 
-    def log(self, index: int) -> Path:
-        return self.folder / "logs" / f"trial-{_number(index)}.log"
+    def told(self, index: int, *, teacher: bool = False) -> Path:
+        """The file that holds the path of its result."""
+        return self.folder / "results" / f"{'teacher-' * teacher}{_number(index)}"
+
+    def log(self, index: int, *, teacher: bool = False) -> Path:
+        return self.folder / "logs" / f"{'teacher' if teacher else 'trial'}-{_number(index)}.log"
 
 
 @dataclass(frozen=True)
@@ -96,9 +93,9 @@ class Draft:
     """
 
     submission: Submission
-    trials: "Sequence[Trial]"
+    trials: Sequence[Trial]
     done: Mapping[str, Result]
-    teachers: "Sequence[Trial]"
+    teachers: Sequence[Trial]
     workdir: Path
     on_gpus: bool
 
@@ -138,25 +135,16 @@ class Draft:
         return scripts
 
     def torchrun_script(self, hosts: Sequence[str]) -> str:
-        folder = self.submission.folder
-        works = [
-            torchrun.Work(
-                config=folder / "teachers" / f"{_number(i)}.yaml",
-                told=folder / "results" / f"teacher-{_number(i)}",
-                log=folder / "logs" / f"teacher-{_number(i)}.log",
-                flags=["--allow-code", "--teacher-only"],
+        def work(index: int, *flags: str, teacher: bool = False) -> torchrun.Work:
+            return torchrun.Work(
+                config=self.submission.config(index, teacher=teacher),
+                told=self.submission.told(index, teacher=teacher),
+                log=self.submission.log(index, teacher=teacher),
+                flags=["--allow-code", *flags],
             )
-            for i in range(len(self.teachers))
-        ]
-        works += [
-            torchrun.Work(
-                config=folder / "trials" / f"{_number(i)}.yaml",
-                told=self.submission.told(i),
-                log=self.submission.log(i),
-                flags=["--allow-code"],
-            )
-            for i in self.missing
-        ]
+
+        works = [work(i, "--teacher-only", teacher=True) for i in range(len(self.teachers))]
+        works += [work(i) for i in self.missing]
         return torchrun.script(works, hosts=hosts, devices=self.submission.record.devices, workdir=self.workdir)
 
     def write(self, scripts: Mapping[str, str]) -> None:
@@ -170,9 +158,9 @@ class Draft:
             folder.parent.mkdir(parents=True, exist_ok=True)
             for place in (folder, *(folder / name for name in ("trials", "teachers", "results", "logs"))):
                 place.mkdir()
-            for kind, trials in (("trials", self.trials), ("teachers", self.teachers)):
+            for trials, teacher in ((self.trials, False), (self.teachers, True)):
                 for i, trial in enumerate(trials):
-                    (folder / kind / f"{_number(i)}.yaml").write_text(_yaml(trial.config), encoding="utf-8")
+                    self.submission.config(i, teacher=teacher).write_text(trial.yaml, encoding="utf-8")
             paths = _paths(self.trials[0].config.out) if self.done else {}
             for i, trial in enumerate(self.trials):
                 if trial.name in self.done:
@@ -195,17 +183,17 @@ class Draft:
         record, missing, teachers = self.submission.record, len(self.missing), len(self.teachers)
         done = len(self.trials) - missing
         world = record.nodes * record.devices
-        size = f"{_count(record.nodes, 'node')} x {_count(record.devices, 'device')}"
+        size = f"{counted(record.nodes, 'node')} x {counted(record.devices, 'device')}"
         lines = [
-            f"{_count(len(self.trials), 'trial')}: {done} done already, {missing} to run"
-            + (f"; {_count(teachers, 'shared teacher')} first" if teachers else "")
+            f"{counted(len(self.trials), 'trial')}: {done} done already, {missing} to run"
+            + (f"; {counted(teachers, 'shared teacher')} first" if teachers else "")
         ]
         if profile is not None:
             jobs = 1 + bool(teachers)
             throttle = f", at most {profile.throttle} at a time" if profile.throttle else ""
             limit = (missing + teachers) * world * profile.seconds / 3600
             lines += [
-                f"{_count(jobs, 'array job')} of {_count(missing + teachers, 'task')} on {size}{throttle}, "
+                f"{counted(jobs, 'array job')} of {counted(missing + teachers, 'task')} on {size}{throttle}, "
                 f"{profile.time} for each start",
                 f"GPU-hours: at most {limit:,.1f} by the time limit, if no task is started again; {self._estimate()}",
             ]
@@ -215,46 +203,37 @@ class Draft:
 
     def _estimate(self) -> str:
         """Device-hours, by earlier results that differ in nothing but their seeds."""
-        earlier: dict[str, list[float]] = {}
-        for result in self._earlier:
-            spent = sum(result.cost["seconds"].values()) * result.environment["world_size"]
-            earlier.setdefault(_apart_from_seeds(result.identity["settings"]), []).append(spent)
-        alike = [earlier.get(_apart_from_seeds(self.trials[i].plan.settings)) for i in self.missing]
-        known = [fmean(seconds) for seconds in alike if seconds]
+        expected = [self._earlier.device_seconds(self.trials[i], ["seeds"]) for i in self.missing]
+        known = [seconds for seconds in expected if seconds is not None]
         if not known:
             return "no earlier result with the same settings to go by"
-        return f"about {sum(known) / 3600:,.2g} by earlier results, which {len(known)} of {len(alike)} trials have"
+        return f"about {sum(known) / 3600:,.2g} by earlier results, which {len(known)} of {len(expected)} trials have"
 
     def _memory(self) -> str:
         """The largest peak among earlier results of the same tasks, models and lengths."""
-
-        def kind(settings: Mapping[str, Any]) -> tuple[Any, ...]:
-            return tuple(settings.get(name) for name in ("task", "preset", "regime", "model", "max_len"))
-
-        wanted = {kind(self.trials[i].plan.settings) for i in self.missing}
-        alike = [r for r in self._earlier if kind(r.identity["settings"]) in wanted]
-        if not alike:
+        alike = [self._earlier.like(self.trials[i], "size") for i in self.missing]
+        results = {one.key: one for each in alike for one in each}
+        if not results:
             return "not known: no earlier result with the same task, model and length"
-        most = max(alike, key=lambda result: result.cost["peak_memory_mb"])
-        lacking = len(wanted - {kind(r.identity["settings"]) for r in alike})
+        most = max(results.values(), key=lambda one: one.cost["peak_memory_mb"])
+        lacking = sum(not each for each in alike)
         where = most.environment
         return (
             f"about {most.cost['peak_memory_mb'] / 1000:,.1f} GB for each device: the largest peak of "
-            f"{_count(len(alike), 'earlier result')} with the same task, model and length "
+            f"{counted(len(results), 'earlier result')} with the same task, model and length "
             f"({most.attention['label']} on {where['world_size']} x {where['device']})"
-            + (f"; {lacking} of {len(wanted)} such groups have none" if lacking else "")
+            + (f"; {lacking} of {len(alike)} trials have none" if lacking else "")
         )
 
     @cached_property
-    def _earlier(self) -> list[Result]:
-        out = self.trials[0].config.out
-        return find(out)[0] if out.is_dir() else []
+    def _earlier(self) -> Earlier:
+        return Earlier(self.trials[0].config.out)
 
 
 def draft(
-    trials: "Sequence[Trial]",
+    trials: Sequence[Trial],
     done: Mapping[str, Result],
-    teachers: "Sequence[Trial]",
+    teachers: Sequence[Trial],
     *,
     on: str,
     workdir: Path,
@@ -282,7 +261,7 @@ def draft(
     )
 
 
-def _with_absolute_out(trial: "Trial") -> "Trial":
+def _with_absolute_out(trial: Trial) -> Trial:
     return dataclasses.replace(trial, config=dataclasses.replace(trial.config, out=trial.config.out.absolute()))
 
 
@@ -295,21 +274,8 @@ def _paths(out: Path) -> dict[str, Path]:
     return found
 
 
-def _yaml(config: RunConfig) -> str:
-    values = {name: value for name, value in config.as_dict().items() if value not in (None, [], {}, False)}
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-
-
-def _apart_from_seeds(settings: Mapping[str, Any]) -> str:
-    return json.dumps({name: v for name, v in settings.items() if name not in SEEDS}, sort_keys=True)
-
-
 def _number(index: int) -> str:
     return f"{index:04d}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 # ---- how far it is ---------------------------------------------------------------------------------------------
@@ -406,7 +372,7 @@ def failures_of_teachers(submission: Submission) -> list[tuple[Titled, str]]:
     """The shared teachers whose training failed, and why."""
     found = []
     for i, teacher in enumerate(submission.record.teachers):
-        if failure := _failure(submission.folder / "results" / f"teacher-{_number(i)}"):
+        if failure := _failure(submission.told(i, teacher=True)):
             found.append((teacher, failure))
     return found
 
@@ -426,12 +392,11 @@ def collect(trials: Sequence[Progress], folder: Path) -> list[Path]:
     Raises:
         HHBenchError: the folder can't be written.
     """
-    done = [trial for trial in trials if trial.result is not None]
     return [
         write(
             folder / f"{trial.trial['name']}.result.json",
             (json.dumps(trial.result.as_dict(), indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode(),
         )
-        for trial in done
+        for trial in trials
         if trial.result is not None
     ]

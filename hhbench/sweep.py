@@ -17,21 +17,18 @@ import sys
 import tempfile
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from statistics import median
 from types import FrameType
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
-import yaml
 from filelock import FileLock, Timeout
 
 from hhbench import data, result, stopping
 from hhbench.errors import HHBenchError, UsageError
-from hhbench.grid import Trial, results_of, teachers_below, teachers_of
+from hhbench.grid import Earlier, Trial, counted, results_of, teachers_of
 from hhbench.ranks import launched
 from hhbench.result import Result
 
@@ -44,9 +41,6 @@ SECONDS_BETWEEN_CLAIMS: Final = 1.0  # of a run that another sweep has in hand
 SIGNALS: Final = (signal.SIGINT, *stopping.SIGNALS)
 # A run is a launch of its own, whatever launched the sweep: it is no rank of that, and must not requeue its job.
 LAUNCHERS: Final = ("TORCHELASTIC_RUN_ID", "WORLD_SIZE", "RANK", "LOCAL_RANK", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
-# What a trial may differ in from an earlier result that says how long it takes: first seeds alone, then these too.
-SEEDS: Final = ("seed", "teacher_seed")
-ATTENTION: Final = (*SEEDS, "attn", "option", "recipe", "layers", "keep_layers", "lr", "teacher_lr", "transfer_lr")
 PR_SET_PDEATHSIG: Final = 1
 LIBC: Final = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -127,16 +121,12 @@ class Agenda:
         done = results_of(trials)
         pending = [trial for trial in trials if trial.name not in done]
         teachers = teachers_of(pending)
-        out = trials[0].config.out
-        expected = _Expected(result.find(out)[0] if out.is_dir() else [])
-        teaching: defaultdict[str, list[float]] = defaultdict(list)
-        for identity, seconds in teachers_below(out):
-            teaching[identity["task"]["name"]].append(seconds)
-        by_name = {trial.name: expected.seconds(trial) for trial in pending} | {
-            trial.name: median(teaching[trial.plan.task.name]) if trial.plan.task.name in teaching else None
-            for trial in teachers
-        }
-        at_once = parallel or max(1, len(_gpus(trials[0])) // trials[0].config.devices)
+        devices, earlier = trials[0].config.devices, Earlier(trials[0].config.out)
+        by_name = {trial.name: earlier.teacher_seconds(trial) for trial in teachers}
+        for trial in pending:
+            spent = earlier.device_seconds(trial)
+            by_name[trial.name] = None if spent is None else spent / devices
+        at_once = parallel or max(1, len(_gpus(trials[0])) // devices)
         return cls(tuple(trials), done, tuple(teachers), by_name, min(at_once, max(1, len(pending))))
 
     @property
@@ -148,7 +138,7 @@ class Agenda:
         known = [seconds for seconds in self.seconds.values() if seconds is not None]
         unknown = len(self.seconds) - len(known)
         lines = [
-            f"{_count(len(self.trials), 'run')}: {len(self.done)} done already, {len(self.pending)} to do, "
+            f"{counted(len(self.trials), 'run')}: {len(self.done)} done already, {len(self.pending)} to do, "
             f"{self.parallel} at once"
         ]
         if self.teachers:
@@ -337,9 +327,7 @@ class _Workers:
             return
 
     def _start(self, worker: _Worker, run: Run, claim: FileLock) -> None:
-        trial = run.trial
-        settings = {name: value for name, value in trial.config.as_dict().items() if value not in (None, [], {})}
-        written = result.write(run.log.with_suffix(".yaml"), yaml.safe_dump(settings).encode())
+        written = result.write(run.log.with_suffix(".yaml"), run.trial.yaml.encode())
         command = [sys.executable, "-m", "hhbench", "run", "--config", str(written), "--resume", "--allow-code"]
         inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
         own = {"HHBENCH_RESULT_PATH": str(self._told(run))}
@@ -452,7 +440,7 @@ def _fetch(runs: Sequence[Run]) -> None:
                 run.become("failed", failed[file.name])
 
 
-# ---- what a machine has, and how long things take --------------------------------------------------------------
+# ---- what a machine has ----------------------------------------------------------------------------------------
 
 
 def _gpus(trial: Trial) -> list[str]:
@@ -485,28 +473,5 @@ def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class _Expected:
-    """How long a trial trains, by the results that are most like it: the median of their seconds."""
-
-    def __init__(self, results: Sequence[Result]) -> None:
-        self._seconds: defaultdict[str, list[float]] = defaultdict(list)
-        for one in results:
-            for key in self._keys(one.identity["task"]["name"], one.identity["settings"]):
-                self._seconds[key].append(sum(one.cost["seconds"].values()))
-
-    def seconds(self, trial: Trial) -> float | None:
-        keys = self._keys(trial.plan.task.name, trial.plan.settings)
-        return next((median(self._seconds[key]) for key in keys if key in self._seconds), None)
-
-    def _keys(self, task: str, settings: Mapping[str, Any]) -> list[str]:
-        """From the nearest to the farthest: other seeds, other attentions, and anything of the task."""
-        alike = [{n: v for n, v in settings.items() if n not in different} for different in (SEEDS, ATTENTION)]
-        return [*(result.key_of({"task": task, "settings": each}) for each in alike), task]
-
-
 def _about(seconds: float) -> str:
     return f"{'about ' * (seconds >= 1)}{duration(seconds)}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"

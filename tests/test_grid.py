@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from hhbench import grid
 from hhbench.config import RunConfig
 from hhbench.errors import UsageError
-from hhbench.grid import product, results_of, seeds_of, teachers_of
+from hhbench.grid import Earlier, product, results_of, seeds_of, teachers_of
 from hhbench.runner import run, train_teacher
 
 AR = {"task": "recall", "dataset": "ar"}
@@ -306,6 +307,24 @@ def test_a_result_is_found_by_its_settings_and_by_nothing_less():
         assert not results_of(product(TINY | {"attn": "elu"} | change).trials), change
 
 
+def test_earlier_results_tell_how_long_a_trial_takes_the_nearest_first():
+    done = [run(RunConfig.from_dict(TINY | {"attn": attn})) for attn in ("elu", "relu")]
+    seconds = [sum(one.cost["seconds"].values()) for one in done]
+    earlier = Earlier(Path("runs"))
+
+    def trial(**changes):
+        return product(TINY | {"attn": "elu", "seed": 7} | changes).trials[0]
+
+    assert earlier.device_seconds(trial()) == seconds[0]
+    assert earlier.device_seconds(trial(attn="t2r")) == pytest.approx(sum(seconds) / 2)
+    assert earlier.device_seconds(trial(attn="t2r"), ["seeds"]) is None
+    longer = trial(epochs=2)
+    assert [one.key for one in earlier.like(longer, "attention")] == []
+    assert earlier.device_seconds(longer) == pytest.approx(sum(seconds) / 2)
+    assert earlier.device_seconds(trial(max_len=8)) is None
+    assert Earlier(Path("elsewhere")).device_seconds(trial()) is None
+
+
 def test_a_result_of_a_users_file_counts_for_its_content_alone(tmp_path):
     code = ATTENTION + "class Mine(FeatureMap):\n    def forward(self, x):\n        return x.exp()\n"
     for folder, content in {"first": code, "copy": code, "changed": code + "# changed\n"}.items():
@@ -334,5 +353,7 @@ def test_a_shared_teacher_is_named_once_until_it_is_trained():
     assert len({trial.teacher for trial in trials}) == 2
     assert not teachers_of(trials[:1])  # nobody shares it
     assert not teachers_of(product(TINY | {"attn": ["elu", "relu"]}).trials)  # from scratch
+    assert Earlier(Path("runs")).teacher_seconds(trials[0]) is None
     train_teacher(teachers[0].config)
+    assert Earlier(Path("runs")).teacher_seconds(trials[-1]) > 0
     assert [t.plan.config.teacher_seed for t in teachers_of(trials)] == [1]

@@ -120,13 +120,14 @@ def test_a_trial_is_the_run_that_was_asked_for(call):
     """Its file, read by `hhbench run --config`, gives the same settings."""
     code, _, _ = call(
         "submit", "--on", "torchrun", *TINY, "--attn", "taylor", "--option", "project_to=8", "--seeds", "3",
-        "--num-nodes", "2", "--hosts", "a,b",
+        "--num-nodes", "2", "--hosts", "a,b", "--clip", "0", "--checkpoint-minutes", "0",
     )  # fmt: skip
     assert code == 0
     submission = submit.find_submission(Path("runs"), None)
     values = yaml.safe_load((submission.folder / "trials" / "0000.yaml").read_text())
     assert (values["attn"], values["option"], values["seed"]) == ("taylor", {"project_to": 8}, 3)
     assert values["num_nodes"] == 2
+    assert (values["clip"], values["checkpoint_minutes"]) == (0, 0)
     assert values["out"] == str(Path("runs").absolute())
 
 

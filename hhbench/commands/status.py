@@ -12,7 +12,7 @@ EXAMPLES = """examples:
   hhbench status                             the latest submission below runs/
   hhbench status 20261127-091500-1a2b3c      by its id, or the start of it
   hhbench status --out /scratch/runs"""
-STYLES: Final = {"done": "green", "failed": "bold red", "stopped": "yellow", "running": "", "pending": "dim"}
+STYLES: Final = {"done": "green", "failed": "bold red", "stopped": "yellow", "running": "none", "pending": "dim"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,8 +34,6 @@ def call(args: argparse.Namespace) -> int:
         ("number", "trial", "state", ""),
         (
             (f"{p.index:04d}", literal(p.trial["title"]), f"[{STYLES[p.word]}]{p.word}[/]", literal(p.note))
-            if STYLES[p.word]
-            else (f"{p.index:04d}", literal(p.trial["title"]), p.word, literal(p.note))
             for p in trials
         ),
     )
