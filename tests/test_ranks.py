@@ -1,5 +1,6 @@
 """Who started this process; and that two processes take the step of one."""
 
+import contextlib
 import copy
 import dataclasses
 import os
@@ -150,6 +151,22 @@ def record_stopped(folder: Path, strategy: str) -> dict[str, Any]:
     return found
 
 
+def record_handed_over(folder: Path, devices: int, *, stop: bool, resume: bool) -> dict[str, Any]:
+    """Train on so many devices, to the end or until a signal, from the start or from what was left."""
+    stand = Stand(devices=devices, resume=resume)
+    stage = stand.stage(make_schedule(1e-3, 2.0, 0.1, 0.1, 1.0))
+
+    def tell(batch: Any, batch_idx: int) -> None:
+        if stop and stage.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stage.on_train_batch_start = tell
+    with pytest.raises(Stopped) if stop else contextlib.nullcontext():
+        report = stand.fit(folder, stage)
+    tokens = None if stop else report.tokens
+    return {"steps": stage.steps, "seen": stand.task.seen, "tokens": tokens, "weights": stand.model.state_dict()}
+
+
 def record_as_rank(folder: str) -> None:
     """What each of two processes runs."""
     ranks.connect(make_config(devices=2))
@@ -157,6 +174,7 @@ def record_as_rank(folder: str) -> None:
     found = record(Path(folder), 2)
     for strategy in ("ddp", "fsdp"):
         found[f"stopped, {strategy}"] = record_stopped(Path(folder) / strategy, strategy)
+    record_handed_over(Path(folder) / "handed", 2, stop=True, resume=False)
     torch.save(found, Path(folder) / f"rank-{ranks.rank()}.pt")
     ranks.barrier()
 
@@ -185,7 +203,10 @@ def worlds(tmp_path_factory) -> list[dict[str, Any]]:
     )
     assert run.returncode == 0, run.stderr[-5000:]
     ranks = [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
-    return [record(folder / "one", 1), *ranks]
+    one = record(folder / "one", 1)
+    one["whole"] = record_handed_over(folder / "alone", 1, stop=False, resume=False)
+    one["handed over"] = record_handed_over(folder / "handed", 1, stop=False, resume=True)
+    return [one, *ranks]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -238,3 +259,13 @@ def test_a_signal_to_one_rank_stops_both_and_they_go_on_as_if_nothing_was(worlds
         assert found["report, stopped"]["validation"] == found["report, whole"]["validation"]
         for name, tensor in found["whole"].items():
             assert torch.equal(found["stopped"][name], tensor), name
+
+
+def test_one_process_goes_on_where_two_were_stopped(worlds):
+    """The order of the global batches is kept."""
+    whole, rest = worlds[0]["whole"], worlds[0]["handed over"]
+    assert rest["steps"] == list(range(3, 10))
+    assert rest["seen"] == whole["seen"][3:]
+    assert rest["tokens"] == whole["tokens"]
+    for name, tensor in whole["weights"].items():
+        torch.testing.assert_close(rest["weights"][name], tensor, atol=1e-4, rtol=0, msg=name)
