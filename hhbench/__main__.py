@@ -1,6 +1,13 @@
 """`python -m hhbench`."""
 
+import signal
+import sys
+
 from hhbench.cli import main
+from hhbench.stopping import SIGNALS
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    code = main()
+    for number in SIGNALS:  # what is done is done: leaving takes a moment, and must not end as a failure
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(code)

@@ -31,7 +31,9 @@ def sharded_copy(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
 def gather(sharded: nn.Module, model: nn.Module) -> None:
     """Give a model the weights of its sharded copy, on every rank."""
-    model.load_state_dict({name: whole(tensor) for name, tensor in sharded.state_dict().items()})
+    own = model.state_dict()
+    for name, tensor in sharded.state_dict().items():  # one by one: a device may have no room for all of them
+        own[name].copy_(whole(tensor))
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
       submission.json          what was submitted
       trials/NNNN.yaml         the config of each trial; teachers/NNNN.yaml, of each teacher that several share
       trials.sh teachers.sh    the scripts; or torchrun.sh
-      results/NNNN             where the trial's result lies, once it is done; NNNN.failed: why it failed
+      results/NNNN             where the trial's result lies, once it is done; NNNN.failed, NNNN.stopped: why it isn't
       logs/                    what they say
 
 A trial's checkpoints and its result lie below OUT, in the folder of its key, as those of any run: what another
@@ -354,8 +354,10 @@ def _progress(submission: Submission, index: int, trial: Titled, standing: slurm
         if standing.state in slurm.RUNNING:
             return Progress(index, trial, "running", f"job {standing.job}")
         return Progress(index, trial, "pending", standing.reason)
-    if failure := _failure(told):
+    if failure := _said(told, "failed"):
         return Progress(index, trial, "failed", failure)
+    if stopped := _said(told, "stopped"):  # Slurm calls it failed, by its exit code
+        return Progress(index, trial, "stopped", stopped)
     if submission.record.on != "slurm":
         return Progress(index, trial, "stopped" if damaged else "pending", damaged or "no result yet")
     log = submission.log(index)
@@ -372,15 +374,15 @@ def failures_of_teachers(submission: Submission) -> list[tuple[Titled, str]]:
     """The shared teachers whose training failed, and why."""
     found = []
     for i, teacher in enumerate(submission.record.teachers):
-        if failure := _failure(submission.told(i, teacher=True)):
+        if failure := _said(submission.told(i, teacher=True), "failed"):
             found.append((teacher, failure))
     return found
 
 
-def _failure(told: Path) -> str:
-    """The one line that a failed run left."""
+def _said(told: Path, end: Literal["failed", "stopped"]) -> str:
+    """The one line that a run left which ended so."""
     try:
-        text = told.with_name(f"{told.name}.failed").read_text(encoding="utf-8", errors="replace")
+        text = told.with_name(f"{told.name}.{end}").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
     return " ".join(text[:LONGEST_MESSAGE].split()) or "without a word"

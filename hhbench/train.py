@@ -369,7 +369,7 @@ class TrainStage(_Stage):
         super().__init__(model, schedule)
         self.task, self.config = task, config
         self._looked = False
-        self._whole: nn.Module | None = None  # while a sharded copy of it trains
+        self._whole: list[nn.Module] = []  # the model while a sharded copy trains; in a list it is no part of the stage
         self.measures = task.metrics(data, config)
         self.score_name = task.dataset(str(config.dataset)).score
         self.metrics: dict[str, float] = {}
@@ -378,16 +378,16 @@ class TrainStage(_Stage):
 
     def configure_model(self) -> None:
         """Under FSDP a copy is trained, of which this rank has a share."""
-        if isinstance(self.trainer.strategy, ModelParallelStrategy) and self._whole is None:
+        if isinstance(self.trainer.strategy, ModelParallelStrategy) and not self._whole:
             assert self.device_mesh is not None
-            self._whole = self.model
+            self._whole.append(self.model)
             self.model = sharding.sharded_copy(self.model, self.device_mesh["data_parallel"])
 
     def make_whole(self) -> None:
         """What a sharded copy learned is the model's."""
-        if self._whole is not None:
-            sharding.gather(self.model, self._whole)
-            self.model, self._whole = self._whole, None
+        if self._whole:
+            sharding.gather(self.model, self._whole[0])
+            self.model = self._whole.pop()
 
     def trained(self) -> list[dict[str, Any]]:
         return parameter_groups(self.model, self.model.parameters(), self.schedule)
@@ -411,6 +411,8 @@ class TrainStage(_Stage):
 
     def _origin(self, batch: Batch) -> str:
         """Where a loss that is no number comes from."""
+        if self._whole:
+            return "of a sharded model no rank can find out alone where it comes from"
         for name, parameter in self.model.named_parameters():
             if not torch.isfinite(parameter).all():
                 return f"the weights {name} are not finite"

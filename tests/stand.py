@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, MetricCollection, SumMetric
 
@@ -177,6 +178,7 @@ class Recorded:
         self.steps: list[int] = []
         self.validations: list[dict[str, float]] = []
         self.rates: list[float] = []
+        self.held = 0  # numbers of the weights that this rank has
         self.sums: dict[int, list[float]] = {}
 
     def note(self, name: str, loss: Tensor, count: float, batch_idx: int) -> None:
@@ -190,6 +192,8 @@ class Recorded:
         super().on_before_optimizer_step(optimizer)
         self.steps.append(self.global_step)
         self.rates.append(optimizer.param_groups[0]["lr"])
+        local = (p.to_local() if isinstance(p, DTensor) else p for p in self.model.parameters())
+        self.held = sum(p.numel() for p in local)
         found = ((name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None)
         self.gradients.append({name: sharding.whole(gradient).clone() for name, gradient in found})
 

@@ -116,6 +116,7 @@ def record(folder: Path, devices: int) -> dict[str, Any]:
         found[name] = {
             "gradients": stage.gradients,
             "losses": stage.sums,
+            "held": stage.held,
             "tokens": report.tokens,
             "expected tokens": sum(stand.data.train.lengths),
             "validation": report.validation,
@@ -223,6 +224,7 @@ def test_two_processes_take_the_step_of_one(worlds, case):
             assert loss / count == pytest.approx(expected / units, abs=1e-4), step
     for name, tensor in both[0]["weights"].items():
         assert torch.equal(tensor, both[1]["weights"][name]), name
+        assert torch.allclose(tensor, one["weights"][name], atol=0.05), name
 
 
 @pytest.mark.parametrize("case", ["train", "train in parts", "transfer"])
@@ -269,3 +271,10 @@ def test_one_process_goes_on_where_two_were_stopped(worlds):
     assert rest["tokens"] == whole["tokens"]
     for name, tensor in whole["weights"].items():
         torch.testing.assert_close(rest["weights"][name], tensor, atol=1e-4, rtol=0, msg=name)
+
+
+def test_a_sharded_model_has_a_share_on_each_rank(worlds):
+    whole = worlds[0]["train, sharded"]["held"]
+    shares = [world["train, sharded"]["held"] for world in worlds[1:]]
+    assert sum(shares) == whole == worlds[1]["train"]["held"]
+    assert max(shares) < 0.6 * whole

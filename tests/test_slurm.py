@@ -2,9 +2,11 @@
 
 import getpass
 import os
+import random
 import re
 import shlex
 import subprocess
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
@@ -40,7 +42,7 @@ class Slow(FeatureMap):
                 file.write(str(os.getpid()))
             with open("steps-" + rank, "a") as file:
                 file.write(".")
-            time.sleep(0.02)
+            time.sleep(1 if os.path.exists("slower") else 0.02)
         return x.relu() + 1
 """
 FAILS = """\
@@ -365,13 +367,16 @@ def uninterrupted(cluster: Cluster, *arguments: str) -> result.Result:
 
 @pytest.mark.slow
 def test_a_trial_longer_than_its_time_limit_ends_like_one_that_is_not(cluster, here):
-    submission = submitted(*LONG, "--epochs", "200", "--signal", "20", time="2")
+    slower = here / "slower"
+    slower.touch()
+    submission = submitted(*LONG, "--signal", "20", time="2")
+    log = submission.log(0)
+    cluster.until("its time is over", lambda: log.exists() and "Slurm starts it again" in log.read_text(), 240)
+    slower.unlink()
     (trial,) = until_over(cluster, submission, 600)
     assert trial.word == "done", log_of(submission)
-    said = log_of(submission)
-    assert "Slurm starts it again" in said
-    assert "continuing train" in said
-    assert trial.result.metrics == uninterrupted(cluster, *LONG, "--epochs", "200").metrics
+    assert "continuing train" in log_of(submission)
+    assert trial.result.metrics == uninterrupted(cluster, *LONG).metrics
 
 
 @pytest.mark.slow
@@ -447,11 +452,12 @@ def test_what_is_cancelled_is_stopped_and_goes_on_when_it_is_sent_again(cluster,
     assert [trial.word for trial in until_over(cluster, submission)] == ["done", "done"]
 
 
-# Every attention, each at work for some seconds: recall from scratch, movie reviews on a pretrained encoder.
+# Every attention, each at work for some seconds: recall from scratch; movie reviews on a pretrained encoder, which has
+# learnt something by then, so that no two attentions need come to the same score.
 TABLE = [
     "--task", "recall,glue", "--dataset", "ar,movie-reviews", "--attn", "all", "--max-len", "32",
-    "--train-examples", "128", "--test-examples", "64", "--batch-size", "8", "--epochs", "1", "--teacher-epochs", "1",
-    "--transfer-epochs", "1", "--lr", "5e-4", "--teacher-lr", "5e-4", "--accelerator", "cpu", "--logger", "none",
+    "--train-examples", "256", "--test-examples", "128", "--batch-size", "8", "--epochs", "1", "--teacher-epochs", "1",
+    "--transfer-epochs", "1", "--lr", "2e-4", "--teacher-lr", "2e-4", "--accelerator", "cpu", "--logger", "none",
 ]  # fmt: skip
 
 
@@ -478,11 +484,13 @@ def test_a_sweep_that_is_preempted_makes_the_table_of_a_laptop(cluster, here, mo
     logs = [submission.log(i) for i in range(len(submission.record.trials))]
     assert len(logs) == 2 * len(every)
 
-    def trains(log: Path) -> bool:
+    def has_its_model(log: Path) -> bool:
         return log.exists() and " parameters to " in log.read_text()
 
+    draw = random.Random(7)
     for log in (*logs[2 : len(every) : 5], *logs[len(every) :: 3]):
-        cluster.until(f"{log.name} trains", partial(trains, log), 600)
+        cluster.until(f"{log.name} says that it has its model", partial(has_its_model, log), 600)
+        time.sleep(draw.uniform(0, 12))  # to find it at whatever it does next
         preempt(cluster)
     trials = until_over(cluster, submission, 900)
     assert {trial.word for trial in trials} == {"done"}, [trial.note for trial in trials]
@@ -490,7 +498,7 @@ def test_a_sweep_that_is_preempted_makes_the_table_of_a_laptop(cluster, here, mo
     went_on = [log.name for log in logs if "continuing " in log.read_text()]
     print(f"{len(started_again)} of {len(logs)} trials were started again, {len(went_on)} from a checkpoint")
     assert len(started_again) >= 2
-    assert len(went_on) >= 2
+    assert went_on
     assert tables_of(trial.result for trial in trials) == by_laptop
 
 

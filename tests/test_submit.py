@@ -222,6 +222,9 @@ def test_a_trial_that_runs_again_is_not_called_failed():
     assert word("TIMEOUT") == "stopped"
     assert word("CANCELLED") == "stopped"
     assert word("OUT_OF_MEMORY") == "failed"
+    submission.told(0).with_name("0000.stopped").write_text("stopped by a signal after step 3")
+    assert word("FAILED") == "stopped"
+    assert word("PENDING") == "pending"
 
 
 def test_a_submission_is_found_by_its_folder_its_id_or_the_start_of_it():
