@@ -143,7 +143,8 @@ def test_the_tree_is_the_tree() -> None:
     for package in ("hhbench", "hhbench/hosts", "hhbench/fidelity", "hhbench/profile", "tasks", "baselines"):
         files = {p.name for p in (ROOT / package).glob("*.py") if not p.name.startswith("_")}
         assert files <= named, f"{package}: {files - named} missing in the README's tree"
-    folders = ("hhbench", "hhbench/hosts", "hhbench/fidelity", "hhbench/profile", "tasks", "baselines", "scripts")
+    packages = ("", "/commands", "/hosts", "/fidelity", "/profile")  # of the commands the tree names what they share
+    folders = (*(f"hhbench{package}" for package in packages), "tasks", "baselines", "scripts")
     everywhere = {p.name for folder in folders for p in (ROOT / folder).iterdir()}
     assert named <= everywhere
 
