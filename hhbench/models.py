@@ -451,9 +451,7 @@ def _load_transformers(name: str, folder: Path) -> nn.Module:
         raise UsageError(f"transformers has no model class {name!r}")
     hosted = hosted_class(cls)  # which also makes its family's config known
     config_of(str(folder))
-    model, info = hosted.from_pretrained(
-        folder, local_files_only=True, use_safetensors=True, output_loading_info=True
-    )
+    model, info = hosted.from_pretrained(folder, local_files_only=True, use_safetensors=True, output_loading_info=True)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             raise HHBenchError(

@@ -189,10 +189,16 @@ def test_the_library_gives_runs_and_results():
 def test_a_sweep_that_is_killed_leaves_nothing_running_and_goes_on_when_it_is_started_again(call, with_its_runs):
     grid = ("--attn", "elu,slow.py:Slow", "--epochs", "12", "--checkpoint-minutes", "0", "--parallel", "2")
     first = start(*grid)
-    until(lambda: results() and under_way() and len(children(first.pid)) == 1, first)
+    running: list[int] = []
+
+    def one_is_left() -> bool:
+        running[:] = children(first.pid)
+        return bool(results() and under_way() and len(running) == 1)
+
+    until(one_is_left, first)
     before = results()
     assert len(before) == 1
-    (run,) = children(first.pid)
+    (run,) = running
     first.kill()
     if with_its_runs:  # as when the machine dies
         os.kill(run, signal.SIGKILL)
