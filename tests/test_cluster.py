@@ -40,6 +40,7 @@ def finish(*arguments: object) -> tuple[int, str, str]:
     return running.returncode, out, err
 
 
+@pytest.mark.slow  # test_ranks.py has the same of two processes
 def test_a_signal_stops_every_process_and_they_go_on(tmp_path):
     arguments = ("--attn", "elu", "--epochs", 10, "--dropout", 0.1, "--checkpoint-minutes", 0.005)
     code, _, err = finish(*arguments, "--out", tmp_path / "whole")

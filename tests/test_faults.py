@@ -174,6 +174,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_taken(hurt, unint
     assert "continuing" in (hurt.folder / "log-2").read_text()
 
 
+@pytest.mark.slow
 def test_with_every_checkpoint_damaged_the_stage_starts_again(hurt, uninterrupted):
     for path in stopped_with_checkpoints(hurt):
         damage(path, "cut", 0.0)
@@ -181,6 +182,7 @@ def test_with_every_checkpoint_damaged_the_stage_starts_again(hurt, uninterrupte
     assert "continuing" not in (hurt.folder / "log-2").read_text()
 
 
+@pytest.mark.slow
 def test_what_a_finished_stage_left_is_not_trusted_when_it_is_damaged(hurt, uninterrupted):
     stopped_with_checkpoints(hurt, 0)
     (kept,) = hurt.out.glob("lm/**/transfer/finished-*.safetensors")
