@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from hhbench import native
 from hhbench.attention import FeatureMap, MixerShape, identity_weight, register_attention
 from hhbench.errors import UsageError
 from hhbench.kernels import ran
@@ -122,13 +123,17 @@ class Hedgehog(FeatureMap):
     def fused(
         self, key_map: FeatureMap, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, key_mask: Tensor | None
     ) -> Tensor | None:
+        assert isinstance(key_map, Hedgehog)
+        if q.device.type == "cpu" and native.wanted():
+            if not causal or key_mask is not None or self.activation != "softmax" or not self.negation:
+                return None
+            return native.hedgehog(q, k, v, self.weight, key_map.weight, self.bias, key_map.bias)
         if not q.is_cuda or os.environ.get("HHBENCH_TRITON") != "1":
             return None
         try:
             from hhbench.baselines import _hedgehog_triton as triton
         except ImportError:  # no Triton for this platform
             return None
-        assert isinstance(key_map, Hedgehog)
         weights = self.weight, key_map.weight
         if triton.supported(q, k, v, *weights, activation=self.activation, negation=self.negation):
             return None

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from hhbench import native
 from hhbench.linear_attention import Sums, finite
 
 BLOCK = 256  # tokens that are mapped at once
@@ -321,6 +322,19 @@ class _Causal(torch.autograd.Function):
                     some_max = keys.new_full((keys.shape[0],), -torch.inf)
                 if need.gradients:
                     kept[-1].append((some.clone(), some_max))
+                after = done + queries.shape[1]
+                compiled = native.wanted() and not need.gradients and log_scale is None
+                if compiled and native.block(
+                    queries,
+                    keys,
+                    values,
+                    some,
+                    out[rows, :, tokens],
+                    first=empty,
+                    last=after == N and not need.sums,
+                ):
+                    empty, done = False, after
+                    continue
                 u = _scratch("u", values, *values.shape)
                 for fq, fk, vc, uc, scale in zip(
                     _chunks(queries), _chunks(keys), _chunks(values), _chunks(u), _scales(log_scale), strict=False

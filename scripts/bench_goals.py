@@ -11,9 +11,11 @@ one JSON document. Exits 0 whether goals are reached or not.
 """
 
 import ctypes
+import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,7 @@ from bench import (
 )
 from torch import Tensor
 
+from hhbench import native
 from hhbench.attention import ATTENTIONS, Attention, FeatureMap
 from hhbench.kernels import kernels
 from hhbench.linear_attention import FLOOR
@@ -83,6 +86,39 @@ def forward(effort: Effort) -> list[Row]:
 def backward(effort: Effort) -> list[Row]:
     row = against_softmax("backward", 4096, effort, backward=True)
     return [row.towards(6, applies=effort.length(4096) == 4096)]
+
+
+@contextmanager
+def asked_for_compiled() -> Iterator[None]:
+    before = os.environ.get("HHBENCH_NATIVE")
+    os.environ["HHBENCH_NATIVE"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["HHBENCH_NATIVE"]
+        if before is not None:
+            os.environ["HHBENCH_NATIVE"] = before
+
+
+def compiled(effort: Effort) -> list[Row]:
+    """The compiled form, which a user must ask for, against the same goals."""
+    if native.library() is None:
+        note = "no C compiler, or it failed: see the debug log of hhbench.native"
+        return [
+            Row("forward-compiled", "forward, 32,768 tokens, compiled", None, note=note),
+            Row("crossover-forward-compiled", "forward, crossover length, compiled", None, unit="tokens", note=note),
+        ]
+    with asked_for_compiled():
+        rows = [*forward(effort), *crossover(effort, backward=False, goal=320)]
+        attention, inputs = hedgehog().eval(), qkv(effort.length(2048))
+        with torch.inference_mode():
+            found = attention(*inputs)
+        truth, _ = exact(inputs, list(attention.parameters()))
+        error = _errors(
+            "error-outputs", f"fp32 outputs against float64, {inputs[0].shape[2]:,} tokens", [distance(found, truth)]
+        )
+        rows.append(error.towards(3e-7, at_most=True, applies=inputs[0].shape[2] == 2048))
+    return [replace(row, name=f"{row.name}-compiled", what=f"{row.what}, compiled") for row in rows]
 
 
 def bf16(effort: Effort) -> list[Row]:
@@ -330,6 +366,7 @@ def others(effort: Effort) -> list[Row]:
 ROWS: Mapping[str, Callable[[Effort], list[Row]]] = {
     "forward": forward,
     "crossover-forward": lambda effort: crossover(effort, backward=False, goal=320),
+    "compiled": compiled,
     "backward": backward,
     "crossover-backward": lambda effort: crossover(effort, backward=True, goal=352),
     "bf16": bf16,

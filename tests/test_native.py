@@ -1,0 +1,263 @@
+"""The compiled forward pass: the definition's numbers, no later key, and the plain form wherever it can't serve."""
+
+import logging
+import shutil
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hhbench import native
+from hhbench.attention import FeatureMap, LinearAttention, build_attention
+from hhbench.kernels import kernels
+from hhbench.linear_attention import CHUNK
+
+FORMS = {
+    "N=1": {"B": 2, "H": 2, "N": 1, "D": 64, "E": 64},
+    "two tokens": {"B": 1, "H": 1, "N": 2, "D": 3, "E": 1},
+    "a tile less one": {"B": 1, "H": 2, "N": 63, "D": 16, "E": 16},
+    "a tile and one": {"B": 2, "H": 2, "N": 65, "D": 16, "E": 24},
+    "odd widths": {"B": 2, "H": 3, "N": 150, "D": 20, "E": 37, "half": 13},
+    "widest": {"B": 1, "H": 2, "N": 200, "D": 128, "E": 128},
+    "grouped": {"B": 2, "H": 4, "G": 2, "N": 130, "D": 32, "E": 32},
+    "shared keys": {"B": 2, "H": 4, "G": 2, "N": 130, "D": 32, "E": 32, "share_kv_heads": True},
+    "bias": {"B": 1, "H": 2, "N": 100, "D": 32, "E": 32, "bias": True},
+    "one W": {"B": 1, "H": 3, "N": 100, "D": 32, "E": 32, "shared_heads": True},
+    "long": {"B": 1, "H": 1, "N": 2048, "D": 64, "E": 64},
+}
+
+
+@pytest.fixture(autouse=True)
+def _asked_for(monkeypatch):
+    monkeypatch.setenv("HHBENCH_NATIVE", "1")
+
+
+@pytest.fixture
+def compiler():
+    if shutil.which("cc") is None:
+        pytest.skip("needs a C compiler named cc")
+    native.library.cache_clear()
+    assert native.library() is not None
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """A cache of its own, and no library remembered before or after."""
+    monkeypatch.setenv("HHBENCH_CACHE", str(tmp_path))
+    native.library.cache_clear()
+    yield tmp_path
+    native.library.cache_clear()
+
+
+def hedgehog(make_shape, *, B, H, N, D, E, G=None, half=None, factor=1.0, **options):
+    shape = make_shape(num_heads=H, num_kv_heads=G or H, head_dim=D)
+    attention = build_attention("hedgehog", shape, feature_dim=half, **options).eval()
+    with torch.no_grad():
+        for p in attention.parameters():
+            p.normal_(std=D**-0.5)
+    q, k = torch.randn(B, H, N, D) * factor, torch.randn(B, G or H, N, D) * factor
+    return attention, (q, k, torch.randn(B, G or H, N, E))
+
+
+def error(found: Tensor, truth: Tensor) -> float:
+    return float((found.double() - truth).detach().abs().max() / truth.detach().abs().max())
+
+
+def ran_native(attention, inputs, **more):
+    with torch.inference_mode(), kernels() as seen:
+        out = attention(*inputs, **more)
+    return out, "native" in seen
+
+
+@pytest.mark.parametrize("form", [name for name in FORMS if name != "N=1"])
+def test_it_is_the_definition_in_float64(compiler, make_shape, form):
+    attention, inputs = hedgehog(make_shape, **FORMS[form])
+    out, native_ran = ran_native(attention, inputs)
+    assert native_ran
+    truth = attention.double().quadratic(*(x.double() for x in inputs))
+    assert error(out, truth) <= 3e-7
+
+
+def test_one_token_is_its_value(compiler, make_shape):
+    attention, (q, k, v) = hedgehog(make_shape, **FORMS["N=1"])
+    with torch.no_grad():
+        out = native.hedgehog(q, k, v, attention.query_map.weight, attention.key_map.weight)
+    assert error(out, v.double()) <= 3e-7
+
+
+@pytest.mark.parametrize("factor", [0.0, 7.0, 50.0, 1000.0])
+def test_large_logits_neither_overflow_nor_vanish(compiler, make_shape, factor):
+    attention, inputs = hedgehog(make_shape, B=1, H=2, N=300, D=64, E=64, factor=factor)
+    out, native_ran = ran_native(attention, inputs)
+    # Rounding of the logits themselves is the error from here on, in any form.
+    truth = attention.double().quadratic(*(x.double() for x in inputs))
+    assert native_ran and error(out, truth) <= 3e-7 * max(1.0, factor**2)
+
+
+def test_a_long_sum_stays_accurate(compiler, make_shape):
+    attention, (q, k, v) = hedgehog(make_shape, B=1, H=1, N=16384, D=64, E=64)
+    out, native_ran = ran_native(attention, (q, k, v))
+    maps = attention.double()
+    with torch.no_grad():
+        fq = maps.query_map.map_queries(q[:, :, -256:].double(), positions=None)
+        fk, _ = maps.key_map.map_keys(k.double(), positions=None, key_mask=None)
+        scores = (fq @ fk.mT).tril(16384 - 256)
+        truth = scores @ v.double() / scores.sum(-1, keepdim=True)
+    assert native_ran and error(out[:, :, -256:], truth) <= 1e-6
+
+
+def test_later_tokens_change_nothing_earlier(compiler, make_shape):
+    attention, inputs = hedgehog(make_shape, B=2, H=2, N=200, D=16, E=16)
+    before, native_ran = ran_native(attention, inputs)
+    for at in (1, 70, 199):
+        changed = [x.clone() for x in inputs]
+        for x in changed:
+            x[:, :, at:] = torch.randn_like(x[:, :, at:]) * 5
+        after, _ = ran_native(attention, changed)
+        assert torch.equal(after[:, :, :at], before[:, :, :at])
+        assert not torch.equal(after[:, :, at:], before[:, :, at:])
+    assert native_ran
+
+
+def test_tensors_that_are_not_contiguous(compiler, make_shape):
+    attention, inputs = hedgehog(make_shape, B=2, H=2, N=100, D=16, E=16)
+    out, _ = ran_native(attention, inputs)
+    turned, native_ran = ran_native(attention, [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs])
+    assert native_ran and torch.equal(out, turned)
+
+
+def test_threads_change_nothing(compiler, make_shape):
+    attention, inputs = hedgehog(make_shape, B=2, H=3, N=100, D=16, E=16)
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for number in (1, 2, 7):
+            torch.set_num_threads(number)
+            found.append(ran_native(attention, inputs)[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+class Relu(FeatureMap):
+    """Whole rows are zero without the floor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu()
+
+
+class Signed(FeatureMap):
+    signed = True
+
+    def __init__(self, shape) -> None:
+        super().__init__(shape)
+        self.feature_dim = 7
+        self.weight = nn.Parameter(torch.randn(shape.head_dim, 7) / 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ones = torch.ones_like(x[..., :1])
+        return torch.cat([ones, (x @ self.weight.to(x.dtype))[..., :6]], -1)
+
+
+class Scaled(FeatureMap):
+    def map_queries(self, q, *, positions):
+        return (q - q.amax(-1, keepdim=True)).exp()
+
+    def map_keys(self, k, *, positions, key_mask):
+        top = k.amax(-1)
+        return (k - top[..., None]).exp(), top
+
+
+@pytest.mark.parametrize("make_map", [Relu, Signed])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("N", [65, 256, 700])
+def test_any_features_block_by_block(compiler, make_shape, make_map, padded, N):
+    attention = LinearAttention(make_shape(num_heads=3, head_dim=10, max_len=1024), make_map).eval()
+    inputs = [torch.randn(2, 3, N, 10) for _ in range(3)]
+    mask = None
+    if padded:
+        mask = torch.ones(2, N, dtype=torch.bool)
+        mask[0, :70] = False
+        mask[1, -5:] = False
+    out, native_ran = ran_native(attention, inputs, key_mask=mask)
+    truth = attention.double().quadratic(*(x.double() for x in inputs), key_mask=mask)
+    assert native_ran and error(out, truth) <= 1e-6
+
+
+def test_a_state_goes_on_where_it_stopped(compiler, make_shape):
+    attention = LinearAttention(make_shape(num_heads=3, head_dim=10, max_len=1024), Relu).eval()
+    inputs = [torch.randn(2, 3, 400, 10) for _ in range(3)]
+    with torch.inference_mode(), kernels() as seen:
+        whole = attention(*inputs)
+        first, state = attention(*(x[:, :, :150] for x in inputs), return_state=True)
+        second, state = attention(*(x[:, :, 150:399] for x in inputs), state=state, return_state=True)
+        last = attention(*(x[:, :, 399:] for x in inputs), state=state)
+    assert seen["native"] >= 3
+    assert error(torch.cat([first, second, last], 2), whole.double()) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    "what", ["gradients", "float64", "bfloat16", "bidirectional", "scales", "wide", "many features", "not asked for"]
+)
+def test_what_it_does_not_serve_takes_the_plain_form(compiler, make_shape, monkeypatch, what):
+    width = 130 if what in ("wide", "many features") else 8
+    shape = make_shape(num_heads=2, head_dim=width, causal=what != "bidirectional")
+    make_map = Scaled if what == "scales" else Relu
+    attention = (
+        LinearAttention(shape, make_map) if what in ("scales", "wide") else build_attention("hedgehog", shape)
+    ).eval()
+    inputs = [torch.randn(1, 2, 90, width) for _ in range(3)]
+    if what in ("float64", "bfloat16"):
+        attention, inputs = attention.to(getattr(torch, what)), [x.to(getattr(torch, what)) for x in inputs]
+    if what == "not asked for":
+        monkeypatch.delenv("HHBENCH_NATIVE")
+    with torch.set_grad_enabled(what == "gradients"), kernels() as seen:
+        out = attention(*inputs)
+    assert "native" not in seen
+    truth = attention.double().quadratic(*(x.double() for x in inputs))
+    assert error(out.detach(), truth.detach()) <= (1e-2 if what == "bfloat16" else 1e-6)
+
+
+def test_padding_is_honoured(compiler, make_shape):
+    attention, inputs = hedgehog(make_shape, B=2, H=2, N=200, D=16, E=16)
+    mask = torch.ones(2, 200, dtype=torch.bool)
+    mask[0, :80] = False
+    out, native_ran = ran_native(attention, inputs, key_mask=mask)
+    alone, _ = ran_native(attention, [x[:1, :, 80:] for x in inputs])
+    assert native_ran  # by blocks
+    assert error(out[:1, :, 80:], alone.double()) <= 1e-6 and (out[0, :, :80] == 0).all()
+
+
+@pytest.mark.parametrize("compiler_name", ["no-such-compiler", "false"])
+def test_without_a_compiler_one_debug_line_and_the_plain_form(fresh, make_shape, monkeypatch, caplog, compiler_name):
+    monkeypatch.setenv("CC", compiler_name)
+    attention, inputs = hedgehog(make_shape, B=1, H=2, N=CHUNK, D=8, E=8)
+    with caplog.at_level(logging.DEBUG, logger="hhbench"):
+        out, native_ran = ran_native(attention, inputs)
+        ran_native(attention, inputs)
+    assert not native_ran and len([r for r in caplog.records if "no compiled" in r.message]) == 1
+    assert error(out, attention.double().quadratic(*(x.double() for x in inputs))) <= 1e-6
+
+
+def test_a_source_that_does_not_compile_takes_the_plain_form(fresh, make_shape, monkeypatch, caplog, tmp_path):
+    if shutil.which("cc") is None:
+        pytest.skip("needs a C compiler named cc")
+    (tmp_path / "bad.c").write_text("int f(void) { return }\n")
+    monkeypatch.setattr(native, "SOURCE", tmp_path / "bad.c")
+    attention, inputs = hedgehog(make_shape, B=1, H=2, N=CHUNK, D=8, E=8)
+    with caplog.at_level(logging.DEBUG, logger="hhbench"):
+        _, native_ran = ran_native(attention, inputs)
+    assert not native_ran and any("no compiled" in r.message for r in caplog.records)
+
+
+@pytest.mark.parametrize("harm", ["cut short", "one byte", "empty"])
+def test_a_broken_library_in_the_cache_is_built_again(fresh, compiler, harm):
+    (built,) = (fresh / "native").glob("*.so")
+    whole = built.read_bytes()
+    built.unlink()  # what is loaded stays as it is
+    wrong = {"cut short": whole[:-100], "one byte": whole[:-1] + bytes([whole[-1] ^ 1]), "empty": b""}[harm]
+    built.write_bytes(wrong)
+    native.library.cache_clear()
+    assert native.library() is not None
+    assert built.read_bytes() != wrong and len(built.read_bytes()) == len(whole)
+    assert [p.name for p in (fresh / "native").iterdir()] == [built.name]
