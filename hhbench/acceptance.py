@@ -107,7 +107,7 @@ def file_name(made: Result) -> str:
     """What an accepted result is called: safe on every system, and different for different results."""
     seed = made.identity["settings"]["seed"]
     parts = (made.task["name"], made.task["dataset"], made.attention["label"], f"s{seed}", made.key)
-    words = (re.sub(r"[^\w.=,+-]|^\.+", "_", part, flags=re.ASCII)[:60] for part in parts)
+    words = (result.safe_name(part, most=60) for part in parts)
     return f"{'-'.join(words)}.{result.FILE_NAME}"
 
 
@@ -118,7 +118,7 @@ def keep(made: Result, folder: Path) -> Path:
         HHBenchError: another result is there under this name, or the folder can't be written.
     """
     path = folder / file_name(made)
-    content = (json.dumps(made.as_dict(), indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
+    content = made.as_json()
     aside = result.write(path.with_name(f".{uuid.uuid4().hex}.part"), content)
     try:
         path.hardlink_to(aside)  # unlike a rename it never replaces

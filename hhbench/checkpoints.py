@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hhbench import stopping
-from hhbench.ranks import barrier, from_rank_zero, gathered, rank, summed_over_ranks, world_size
+from hhbench.ranks import barrier, from_rank_zero, gathered, largest_over_ranks, rank, world_size
 
 log = logging.getLogger("hhbench")
 
@@ -173,11 +173,10 @@ class Checkpoints(Callback):
         self._resumed, self._random = [], random_state()
         # Validation and the order of a new epoch lie behind: nothing is between this and the step.
         due = rank() == 0 and time.monotonic() - self._saved >= self.seconds
-        agreed = summed_over_ranks(stopping.noted() + 1e9 * due, module.device)
-        told = agreed % 1e9
+        agreed = largest_over_ranks(max(stopping.noted(), stopping.SAVE * due), module.device)
         if agreed and trainer.global_step:
             self._save(trainer)
-        stopping.stop(told, f"after step {trainer.global_step}")
+        stopping.stop(agreed, f"after step {trainer.global_step}")
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int

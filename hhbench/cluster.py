@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-import yaml
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -19,6 +18,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from hhbench import stopping
 from hhbench.config import RunConfig
 from hhbench.errors import HHBenchError
+from hhbench.result import TOLD
 
 
 def on_all_devices(config: RunConfig, *flags: str) -> list[Path]:
@@ -36,8 +36,8 @@ def on_all_devices(config: RunConfig, *flags: str) -> list[Path]:
     config.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=config.out) as folder:
         settings, told = Path(folder) / "run.yaml", Path(folder) / "result-path"
-        settings.write_text(yaml.safe_dump({k: v for k, v in config.as_dict().items() if v not in (None, [], {})}))
-        variables = {"HHBENCH_RESULT_PATH": str(told)}
+        settings.write_text(config.as_yaml())
+        variables = {TOLD: str(told)}
         if "OMP_NUM_THREADS" not in os.environ:
             variables["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // config.devices))
         launch = LaunchConfig(

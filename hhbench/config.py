@@ -370,6 +370,12 @@ class RunConfig:
         paths = {n: str(values[n]) for n in ("out", "data_folder", "model_folder") if values[n] is not None}
         return values | paths | {"option": self.options, "tune": list(self.tune), "layers": dict(self.layers)}
 
+    def as_yaml(self) -> str:
+        """The settings that aren't blank, as `hhbench run --config` reads them."""
+        import yaml
+
+        return yaml.safe_dump({k: v for k, v in self.as_dict().items() if v not in (None, [], {})}, sort_keys=False)
+
     def identity(self) -> dict[str, Any]:
         """The settings that can change a number."""
         values = self.as_dict()

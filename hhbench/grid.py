@@ -17,11 +17,10 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-import yaml
-
 from hhbench.config import RunConfig, option_value, split_label
 from hhbench.errors import HHBenchError, UsageError, unknown_name
-from hhbench.result import Result, find, key_of
+from hhbench.leaderboard import counted
+from hhbench.result import Result, find, key_of, safe_name
 
 if TYPE_CHECKING:
     from hhbench.runner import Plan
@@ -66,12 +65,6 @@ class Trial:
     def teacher(self) -> str | None:
         """A key that two trials share if they share a teacher; None: it has none."""
         return None if self.plan.teacher_settings is None else key_of(_teacher_identity(self.plan))
-
-    @property
-    def yaml(self) -> str:
-        """Its settings, as `hhbench run --config` reads them."""
-        settings = {name: value for name, value in self.config.as_dict().items() if value not in (None, [], {})}
-        return yaml.safe_dump(settings, sort_keys=False)
 
     @property
     def own_files(self) -> bool:
@@ -251,7 +244,10 @@ def teachers_of(trials: Sequence[Trial]) -> list[Trial]:
     for teacher, trial in reversed(first.items()):
         if teacher is not None and shared[teacher] > 1 and (trial.own_files or teacher not in _trained(trial)):
             task, dataset = _place(trial.plan)
-            name, title = _safe(f"teacher-{task}-{dataset}-{teacher[:8]}"), f"{task}/{dataset} teacher {teacher[:8]}"
+            name, title = (
+                safe_name(f"teacher-{task}-{dataset}-{teacher[:8]}"),
+                f"{task}/{dataset} teacher {teacher[:8]}",
+            )
             made.append(dataclasses.replace(trial, name=name, title=title))
     return made
 
@@ -291,11 +287,6 @@ class Earlier:
         """How long its teacher trains: the median of those of the same size. None: there are none."""
         seconds = self._teachers.get(_likeness_keys(trial.plan.teacher_settings or {})["size"])
         return median(seconds) if seconds else None
-
-
-def counted(number: int, noun: str) -> str:
-    """`1 run`, `1,200 runs`."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 # ---- settings to combinations ----------------------------------------------------------------------------------
@@ -441,7 +432,7 @@ def _trial(config: RunConfig, varied: Sequence[str]) -> Trial:
     title = " ".join(["/".join(place), plan.label, *recipe, *varied, f"s{c.seed}"])
     words = "-".join([*place, plan.label, *([c.recipe] if c.recipe else []), f"s{c.seed}"])
     trial = Trial("", title, config, plan)
-    return dataclasses.replace(trial, name=_safe(f"{words[:150]}-{key_of(trial.identity)[:8]}"))
+    return dataclasses.replace(trial, name=safe_name(f"{words[:150]}-{key_of(trial.identity)[:8]}"))
 
 
 def _left_out(reason: str, configs: Sequence[RunConfig]) -> LeftOut:
@@ -454,10 +445,6 @@ def _left_out(reason: str, configs: Sequence[RunConfig]) -> LeftOut:
 
 def _place(plan: "Plan") -> tuple[str, str]:
     return plan.task.name, Path(str(plan.config.dataset)).name
-
-
-def _safe(name: str) -> str:
-    return re.sub(r"[^\w.=,+-]", "_", name, flags=re.ASCII)
 
 
 # ---- what is there already -------------------------------------------------------------------------------------

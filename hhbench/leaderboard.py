@@ -336,8 +336,8 @@ def _data_set_table(group: Group, members: Sequence[Result], apart: str) -> Tabl
         text = ", ".join(f"{name}={_plain(own[name])}" for name in varied if name in own)
         rows.append(_row([[r] for r in chosen.values()], settings=text, measured=len(places) == 1))
         if len(chosen) < len(entry):
-            counted = f"{len(entry)} results for {_count(len(chosen), 'seed')} with the same settings"
-            lines.append(f"{_shown(_name(entry[0]))}: {counted}; the newest of each seed counts.")
+            several = f"{len(entry)} results for {counted(len(chosen), 'seed')} with the same settings"
+            lines.append(f"{_shown(_name(entry[0]))}: {several}; the newest of each seed counts.")
     if len(places) > 1:
         differ = [f for f in _fields(Measured) if len({getattr(place, f) for place in places}) > 1]
         values = (f"{f} ({', '.join(sorted({str(getattr(place, f)) for place in places}))})" for f in differ)
@@ -370,7 +370,7 @@ def _with_profile(table: Table, profiles: Sequence["Profile"]) -> Table:
             continue
         place = profile.environment
         line = (
-            f"Profiled: {place['device']}, {_count(place['threads'], 'thread')}, {dtype}, length {length:,}, "
+            f"Profiled: {place['device']}, {counted(place['threads'], 'thread')}, {dtype}, length {length:,}, "
             f"batch {profile.settings['batch_size'] or 'of the task'}, {profile.clock}; {profile.created[:10]}."
         )
         return dataclasses.replace(table, rows=rows, lines=(*table.lines, line))
@@ -495,7 +495,8 @@ def _measured(result: Result) -> Measured:
 # Words
 
 
-def _count(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
+    """`1 run`, `1,200 runs`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
@@ -505,10 +506,10 @@ def _phrases(group: Group) -> dict[str, str]:
     phrases = {
         "model": f"host {group.model}",
         "weights": f"weights {group.weights[:8]}" if group.weights else "from random weights",
-        "train_tokens": "" if group.train_tokens is None else _count(group.train_tokens, "training token"),
-        "test_examples": "" if group.test_examples is None else _count(group.test_examples, "test example"),
+        "train_tokens": "" if group.train_tokens is None else counted(group.train_tokens, "training token"),
+        "test_examples": "" if group.test_examples is None else counted(group.test_examples, "test example"),
         "data": f"data {group.data[:8]}" if group.data else "",
-        "tuning_trials": f"best of {_count(trials, 'learning rate')} by validation" if trials else "untuned",
+        "tuning_trials": f"best of {counted(trials, 'learning rate')} by validation" if trials else "untuned",
         "task_version": f"{group.task} version {group.task_version}",
         "metric": f"{group.metric}, {'higher' if group.higher_is_better else 'lower'} is better",
         "older_attention": f"older version: {group.older_attention}" if group.older_attention else "",
@@ -554,7 +555,7 @@ def _shown(name: tuple[Any, ...]) -> str:
 
 
 def _shown_place(place: Measured) -> str:
-    machine = f"{place.device}, {_count(place.threads, 'thread')}"
+    machine = f"{place.device}, {counted(place.threads, 'thread')}"
     if place.world_size > 1:
         machine += f", {place.world_size} processes"
     return f"{machine}, {place.precision}, length {place.length:,}"

@@ -174,6 +174,15 @@ def summed_over_ranks(value: float, device: "torch.device | None" = None) -> flo
     Args:
         device: that the ranks talk over; found out if left out.
     """
+    return _reduced(value, "SUM", device)
+
+
+def largest_over_ranks(value: float, device: "torch.device | None" = None) -> float:
+    """The largest of the ranks' numbers. See `summed_over_ranks`."""
+    return _reduced(value, "MAX", device)
+
+
+def _reduced(value: float, how: Literal["SUM", "MAX"], device: "torch.device | None") -> float:
     if world_size() == 1:
         return value
     import torch
@@ -181,7 +190,7 @@ def summed_over_ranks(value: float, device: "torch.device | None" = None) -> flo
     device = device or _device()
     dtype = torch.float32 if device.type == "mps" else torch.float64
     total = torch.tensor(value, dtype=dtype, device=device)
-    torch.distributed.all_reduce(total)
+    torch.distributed.all_reduce(total, op=getattr(torch.distributed.ReduceOp, how))
     return float(total)
 
 

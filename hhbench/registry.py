@@ -84,9 +84,12 @@ class Registry(Generic[SpecT]):
             raise UsageError(
                 f"{self.kind} {name!r} would import code that a file names. Pass --allow-code if you trust that file."
             )
-        if name not in self._external:
-            self._external[name] = self._imported(name)
-        return self._external[name]
+        location, _, class_name = name.rpartition(":")
+        # The same words mean another file in another folder.
+        place = f"{Path(location).resolve()}:{class_name}" if location.endswith(".py") else name
+        if place not in self._external:
+            self._external[place] = self._imported(name)
+        return self._external[place]
 
     def _builtins(self) -> dict[str, str]:
         package = importlib.import_module(self.package)

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import types
 import uuid
@@ -27,6 +28,9 @@ from hhbench.errors import HHBenchError, UsageError
 SCHEMA: Final = 1
 ABSENT: Final = "(absent)"
 FILE_NAME: Final = "result.json"
+# A variable that names a file. Whoever starts a run finds the path of its result there at the end, or a line in
+# FILE.failed or FILE.stopped beside it.
+TOLD: Final = "HHBENCH_RESULT_PATH"
 
 _PACKAGES = ("hhbench", "torch", "lightning", "transformers", "timm", "torchmetrics", "datasets", "numpy")
 _CODE = ("hhbench", "tasks", "baselines")
@@ -204,6 +208,10 @@ class Result:
         """Plain JSON values."""
         return dataclasses.asdict(self)
 
+    def as_json(self) -> bytes:
+        """What a file holds. Raises ValueError if a number is not finite."""
+        return (json.dumps(self.as_dict(), indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
+
     @classmethod
     def from_dict(cls, values: Any) -> "Result":
         """From plain JSON values, every field checked.
@@ -243,6 +251,16 @@ def key_of(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def safe_name(text: str, *, most: int = 250, ascii: bool = True) -> str:
+    """A text as a file's name: a label may hold slashes and brackets, and no name leads out of its folder.
+
+    Args:
+        most: characters of it.
+        ascii: whether letters are those of ASCII alone.
+    """
+    return re.sub(r"[^\w.=,+-]|^\.+", "_", text, flags=re.ASCII if ascii else re.NOFLAG)[:most] or "_"
+
+
 def diff_identity(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Which parts of two identities differ, as (dotted path, value in a, value in b), sorted by path.
 
@@ -267,8 +285,7 @@ def save(result: Result, folder: Path) -> Path:
     """
     path = folder / FILE_NAME
     try:
-        values = Result.from_dict(result.as_dict()).as_dict()
-        content = (json.dumps(values, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
+        content = Result.from_dict(result.as_dict()).as_json()
     except (HHBenchError, TypeError, ValueError) as error:
         raise HHBenchError(f"can't save {path}: {error}") from error
     return write(path, content)

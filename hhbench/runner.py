@@ -13,7 +13,6 @@ import dataclasses
 import io
 import logging
 import os
-import re
 import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -818,8 +817,7 @@ def _check_model_folder(folder: Path | None, *, key: str, force: bool) -> None:
 
 
 def _safe(name: str) -> str:
-    """A file name: a label may hold slashes and brackets, and no name leads out of its folder."""
-    return re.sub(r"[^\w.=,+-]|^\.+", "_", name)[:100] or "_"
+    return result.safe_name(name, most=100, ascii=False)
 
 
 def _is_measured(slot: hosts.AttentionSlot) -> bool:

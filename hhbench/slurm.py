@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final, get_type_hints
 
 from hhbench.errors import HHBenchError, UsageError, unknown_name
-from hhbench.result import checked
+from hhbench.result import TOLD, checked
 
 RUNNING: Final = {"RUNNING", "COMPLETING", "CONFIGURING", "SIGNALING", "STAGE_OUT", "RESIZING"}
 PENDING: Final = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED", "STOPPED", "SPECIAL_EXIT"}
@@ -250,7 +250,7 @@ def script(array: Array, profile: ClusterProfile) -> str:
         *(f"export {name}={shlex.quote(value)}" for name, value in (threads | profile.environment).items()),
         *profile.setup,
         'printf -v n %04d "$SLURM_ARRAY_TASK_ID"',
-        f'export HHBENCH_RESULT_PATH={shlex.quote(array.told)}"$n"',
+        f'export {TOLD}={shlex.quote(array.told)}"$n"',
         # The script's exit code is that of the trial.
         f"exec {shlex.join(run)} \\",
         f'  --config {shlex.quote(str(array.configs))}/"$n".yaml {shlex.join([*array.flags, "--resume"])}',

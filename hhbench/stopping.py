@@ -11,10 +11,12 @@ from types import FrameType
 from typing import Final
 
 from hhbench.errors import HHBenchError
-from hhbench.ranks import requeue, summed_over_ranks
+from hhbench.ranks import largest_over_ranks, requeue
 
 CODE: Final = 75  # exit code: stopped, run it again. BSD's sysexits call it a temporary failure.
 SIGNALS: Final = (signal.SIGUSR1, signal.SIGTERM)
+# What ranks can want at the end of a step. The largest over ranks is what all do.
+NOTHING, SAVE, END, AGAIN = range(4)
 
 _received: set[int] = set()
 
@@ -58,26 +60,26 @@ def heeding() -> Iterator[None]:
 
 
 def noted() -> int:
-    """What this process was told, as a number that may be summed over ranks; 0 = nothing."""
-    return 1 * (signal.SIGTERM in _received) + 1_000_000 * (signal.SIGUSR1 in _received)
+    """What this process was told: AGAIN, END or NOTHING."""
+    return AGAIN if signal.SIGUSR1 in _received else END if signal.SIGTERM in _received else NOTHING
 
 
 def stop(told: float, where: str) -> None:
     """End here if any rank was told to.
 
     Args:
-        told: `noted`, summed over ranks.
+        told: the largest of the ranks' `noted`.
         where: what is kept, for the message.
 
     Raises:
         Stopped: it was; asked to start again, Slurm has been told to.
     """
-    if told:
+    if told >= END:
         _received.clear()
-        again = told >= 1_000_000 and requeue()
+        again = told == AGAIN and requeue()
         raise Stopped(f"stopped by a signal {where}" + ("; Slurm starts it again" if again else ""), again=again)
 
 
 def stop_between_stages(where: str) -> None:
     """`stop`, where every rank passes at the same time."""
-    stop(summed_over_ranks(float(noted())), where)
+    stop(largest_over_ranks(noted()), where)

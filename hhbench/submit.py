@@ -24,7 +24,8 @@ from typing import Final, Literal, TypedDict
 
 from hhbench import slurm, torchrun
 from hhbench.errors import HHBenchError, UsageError, unknown_name
-from hhbench.grid import Earlier, Trial, counted
+from hhbench.grid import Earlier, Trial
+from hhbench.leaderboard import counted
 from hhbench.result import Result, checked, load, write
 
 Word = Literal["done", "failed", "running", "pending", "stopped"]
@@ -160,7 +161,7 @@ class Draft:
                 place.mkdir()
             for trials, teacher in ((self.trials, False), (self.teachers, True)):
                 for i, trial in enumerate(trials):
-                    self.submission.config(i, teacher=teacher).write_text(trial.yaml, encoding="utf-8")
+                    self.submission.config(i, teacher=teacher).write_text(trial.config.as_yaml(), encoding="utf-8")
             paths = _paths(self.trials[0].config.out) if self.done else {}
             for i, trial in enumerate(self.trials):
                 if trial.name in self.done:
@@ -395,10 +396,7 @@ def collect(trials: Sequence[Progress], folder: Path) -> list[Path]:
         HHBenchError: the folder can't be written.
     """
     return [
-        write(
-            folder / f"{trial.trial['name']}.result.json",
-            (json.dumps(trial.result.as_dict(), indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode(),
-        )
+        write(folder / f"{trial.trial['name']}.result.json", trial.result.as_json())
         for trial in trials
         if trial.result is not None
     ]

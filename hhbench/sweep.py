@@ -28,7 +28,8 @@ from filelock import FileLock, Timeout
 
 from hhbench import data, result, stopping
 from hhbench.errors import HHBenchError, UsageError
-from hhbench.grid import Earlier, Trial, counted, results_of, teachers_of
+from hhbench.grid import Earlier, Trial, results_of, teachers_of
+from hhbench.leaderboard import counted
 from hhbench.ranks import launched
 from hhbench.result import Result
 
@@ -327,10 +328,10 @@ class _Workers:
             return
 
     def _start(self, worker: _Worker, run: Run, claim: FileLock) -> None:
-        written = result.write(run.log.with_suffix(".yaml"), run.trial.yaml.encode())
+        written = result.write(run.log.with_suffix(".yaml"), run.trial.config.as_yaml().encode())
         command = [sys.executable, "-m", "hhbench", "run", "--config", str(written), "--resume", "--allow-code"]
         inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
-        own = {"HHBENCH_RESULT_PATH": str(self._told(run))}
+        own = {result.TOLD: str(self._told(run))}
         with run.log.open("ab") as said:
             worker.process = subprocess.Popen(
                 command + ["--teacher-only"] * run.teaches,

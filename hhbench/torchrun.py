@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hhbench.errors import UsageError
+from hhbench.result import TOLD
 
 FIRST_PORT = 29_400
 
@@ -48,7 +49,7 @@ def script(works: Sequence[Work], *, hosts: Sequence[str], devices: int, workdir
             run += ["--standalone"]
         number = ' --node-rank="$1"' if hosts else ""
         rest = ["-m", "hhbench", "run", "--config", str(work.config), *work.flags, "--resume"]
-        told = f"HHBENCH_RESULT_PATH={shlex.quote(str(work.told))}"
+        told = f"{TOLD}={shlex.quote(str(work.told))}"
         tee = shlex.join(["tee", "-ai", str(work.log)])  # not ended by Ctrl-C before what it listens to
         lines.append(f"{told} {shlex.join(run)}{number} {shlex.join(rest)} 2>&1 \\\n  | {tee} || failed=1")
     return "\n".join([*lines, 'exit "$failed"']) + "\n"

@@ -149,7 +149,10 @@ def loader(split: Split, data: TaskData, config: RunConfig, *, train: bool, seed
 
     def collate(pairs: list[tuple[int, Example]]) -> Batch:
         batch = data.collate([example for _, example in pairs])
-        return batch | {"index": torch.tensor([index for index, _ in pairs])}
+        # Whether it is one of the epoch's, and not there for a rank alone that has no share: see `Batches`. A plain
+        # value, as a GPU would have to be waited for.
+        counts = pairs[0][0] >= 0
+        return batch | {"index": torch.tensor([index for index, _ in pairs]), "counts": counts}
 
     return DataLoader(
         _Indexed(split, batches),  # type: ignore[arg-type]
@@ -397,8 +400,8 @@ class TrainStage(_Stage):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         out = self.task.step(self.model, batch)
-        self.tokens += attended_tokens(batch) if _counts(batch) else 0
-        count = out.count if _counts(batch) else 0
+        self.tokens += attended_tokens(batch) * batch["counts"]
+        count = out.count * batch["counts"]
         weight = self.weight(count, batch_idx) * bool(count)
         loss = out.loss * (weight * self.accumulation)  # Lightning divides by the parts of a step
         if not torch.isfinite(loss):
@@ -468,7 +471,7 @@ class TrainStage(_Stage):
     def _evaluate(self, batch: Batch) -> None:
         """Measure a batch. One that a GPU has no memory for is measured in halves, and so are all as large after it."""
         index: Tensor = batch["index"]
-        if not _counts(batch):  # the others need this rank's share of the weights
+        if not batch["counts"]:  # the others need this rank's share of the weights
             self.task.step(self.model, batch)
             return
         out, tokens = None, attended_tokens(batch)
@@ -555,7 +558,7 @@ class TransferStage(_Stage):
             optimizer.zero_grad()  # type: ignore[union-attr]
         draw = (self.global_step * self.accumulation + part) * world_size() + rank()
         self.draws.manual_seed((torch.initial_seed() + 1_000_003 * draw) % 2**63)
-        queries = attended_tokens(batch) if _counts(batch) else 0
+        queries = attended_tokens(batch) * batch["counts"]
         self.tokens += queries
         weight = self.weight(queries, batch_idx) * bool(queries) / len(self.taught)
         for loss in self.losses.values():
@@ -598,11 +601,6 @@ def encode(model: nn.Module, inputs: Batch) -> None:
 @functools.cache
 def _parameters(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
-
-
-def _counts(batch: Batch) -> bool:
-    """Whether a batch is one of the epoch's, and not there for a rank alone that has no share. See `Batches`."""
-    return int(batch["index"][0]) >= 0
 
 
 def attended_tokens(batch: Batch) -> int:

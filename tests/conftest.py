@@ -1,6 +1,7 @@
 """What every test gets: a fixed seed, one thread, and the small shape that most of them start from."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import settings
 
 from hhbench import data
 from hhbench.attention import MixerShape
+from hhbench.cli import main
 
 # The same examples every time, and no deadline: a busy machine must not fail a test.
 settings.register_profile("hhbench", derandomize=True, deadline=None, print_blob=False)
@@ -25,6 +27,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command in this process: its exit code, output and errors."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def offline_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in, an empty cache, and no network."""
+    monkeypatch.chdir(tmp_path)
+    for name in data.OFFLINE_SWITCHES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HHBENCH_OFFLINE", "1")
+    monkeypatch.setenv("HHBENCH_CACHE", str(tmp_path / "cache"))
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

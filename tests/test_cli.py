@@ -15,7 +15,6 @@ import pytest
 
 from hhbench.cli import COMMANDS, main
 from hhbench.commands import doctor
-from hhbench.data import OFFLINE_SWITCHES
 from hhbench.pretrained import MINILM
 from hhbench.tasks.glue import MOVIE_REVIEWS, SNLI
 
@@ -37,29 +36,8 @@ FAILS = ATTENTION + "class Fails(FeatureMap):\n    def forward(self, x):\n      
 
 
 @pytest.fixture(autouse=True)
-def _alone(tmp_path, monkeypatch):
-    """An empty folder to work in, an empty cache, and no network."""
-    monkeypatch.chdir(tmp_path)
-    for name in OFFLINE_SWITCHES:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HHBENCH_OFFLINE", "1")
-    monkeypatch.setenv("HHBENCH_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def call(capsys):
-    """Run a command in this process: its exit code, output and errors."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            code = end.code
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
+def _alone(offline_folder):
+    """Every test works in it."""
 
 
 def process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

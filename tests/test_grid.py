@@ -10,6 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hhbench import grid
+from hhbench.attention import ATTENTIONS
 from hhbench.config import RunConfig
 from hhbench.errors import UsageError
 from hhbench.grid import Earlier, product, results_of, seeds_of, teachers_of
@@ -31,6 +32,8 @@ class OnlyForward(FeatureMap):
 @pytest.fixture(autouse=True)
 def _alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    yield
+    ATTENTIONS._specs.pop("OnlyForward", None)  # what a test's own file registers, the next one's may
 
 
 def titles(settings):

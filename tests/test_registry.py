@@ -367,3 +367,17 @@ def test_the_source_hash_follows_the_file(write):
     assert first == hashlib.sha256(SQUARE.encode()).hexdigest()
     file.write_text(SQUARE + "# changed\n")
     assert spec.source_hash() != first
+
+
+def test_the_same_words_in_another_folder_are_another_file(tmp_path, monkeypatch):
+    found = []
+    for name in ("one", "two"):
+        folder = tmp_path / name
+        folder.mkdir()
+        base = "from hhbench.attention import FeatureMap\n\n\nclass Mine(FeatureMap):\n"
+        (folder / "mine.py").write_text(
+            f"{base}    word = {name!r}\n\n    def forward(self, x):\n        return x.exp()\n"
+        )
+        monkeypatch.chdir(folder)
+        found.append(ATTENTIONS.get("mine.py:Mine").part.word)
+    assert found == ["one", "two"]

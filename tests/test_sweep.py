@@ -11,7 +11,6 @@ import pytest
 
 from hhbench import result
 from hhbench.cli import main
-from hhbench.data import OFFLINE_SWITCHES
 from hhbench.errors import UsageError
 from hhbench.grid import product
 from hhbench.sweep import Agenda, duration, sweep
@@ -44,15 +43,9 @@ SLOW = (
 
 
 @pytest.fixture(autouse=True)
-def _alone(tmp_path, monkeypatch):
-    """An empty folder to work in, an empty cache, and no network."""
-    monkeypatch.chdir(tmp_path)
-    for name in OFFLINE_SWITCHES:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HHBENCH_OFFLINE", "1")
-    monkeypatch.setenv("HHBENCH_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "fails.py").write_text(FAILS)
-    (tmp_path / "slow.py").write_text(SLOW)
+def _alone(offline_folder):
+    (offline_folder / "fails.py").write_text(FAILS)
+    (offline_folder / "slow.py").write_text(SLOW)
 
 
 @pytest.fixture
@@ -213,9 +206,9 @@ def test_a_sweep_that_is_killed_leaves_nothing_running_and_goes_on_when_it_is_st
     assert code == 0, (out, err)
     assert "2 runs: 1 done already, 1 to do" in out
     assert started(err) == ["recall/ar slow.py:Slow s0"]
-    said = "".join(log.read_text() for log in Path("runs/sweeps").glob("*Slow*.log"))
-    assert "continuing train" in said
-    assert ("stopped by a signal" in said) is not with_its_runs
+    (log,) = Path("runs/sweeps").glob("*Slow*.log")
+    assert "continuing train" in log.read_text()
+    assert ("stopped by a signal" in log.read_text()) is not with_its_runs
     after = results()
     assert len(after) == 2
     assert before.items() <= after.items()

@@ -6,20 +6,17 @@ import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from hhbench.commands.settings import add_settings, configs_of
 from hhbench.commands.shown import calm_libraries
 from hhbench.errors import HHBenchError, in_one_line
+from hhbench.result import TOLD, write
 
 if TYPE_CHECKING:
     from hhbench.result import Result
 
 log = logging.getLogger("hhbench")
-
-# Names a file. Whoever starts the process finds the path of the result there at the end, or a line in FILE.failed or
-# FILE.stopped beside it.
-RESULT_PATH: Final = "HHBENCH_RESULT_PATH"
 
 HELP = "train or convert, test, and print the table row"
 EXAMPLES = """examples:
@@ -45,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def call(args: argparse.Namespace) -> int:
     from hhbench.stopping import Stopped, heeding
 
-    told = Path(path) if (path := os.environ.get(RESULT_PATH)) else None
+    told = Path(path) if (path := os.environ.get(TOLD)) else None
     if told is None:
         with heeding():
             return _run(args, None)
@@ -104,7 +101,6 @@ def _run(args: argparse.Namespace, told: Path | None) -> int:
 def _tell(told: Path | None, paths: Iterable[Path | None]) -> None:
     """Write what came of it where who started this process looks for it."""
     from hhbench.ranks import rank
-    from hhbench.result import write
 
     if told is not None and rank() == 0:
         write(told, "\n".join(str(path.resolve()) for path in paths if path is not None).encode())

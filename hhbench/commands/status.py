@@ -27,6 +27,7 @@ def add_submission(parser: argparse.ArgumentParser) -> None:
 
 def call(args: argparse.Namespace) -> int:
     from hhbench import submit
+    from hhbench.leaderboard import counted
 
     submission = submit.find_submission(args.out, args.submission)
     trials = submit.progress(submission)
@@ -41,5 +42,5 @@ def call(args: argparse.Namespace) -> int:
         print(f"the shared teacher of {teacher['title']} failed: {reason}")
     counts = Counter(p.word for p in trials)
     shown = ", ".join(f"{counts[word]} {word}" for word in submit.WORDS if counts[word])
-    print(f"{submission.id}: {len(trials)} trial{'s' * (len(trials) != 1)}: {shown}")
+    print(f"{submission.id}: {counted(len(trials), 'trial')}: {shown}")
     return 0
