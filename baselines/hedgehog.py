@@ -125,9 +125,10 @@ class Hedgehog(FeatureMap):
     ) -> Tensor | None:
         assert isinstance(key_map, Hedgehog)
         if q.device.type == "cpu" and native.wanted():
-            if not causal or key_mask is not None or self.activation != "softmax" or not self.negation:
+            if not causal or self.activation != "softmax" or not self.negation:
                 return None
-            return native.hedgehog(q, k, v, self.weight, key_map.weight, self.bias, key_map.bias)
+            maps = self.weight, key_map.weight, self.bias, key_map.bias
+            return native.hedgehog(q, k, v, *maps, key_mask=key_mask)
         if not q.is_cuda or os.environ.get("HHBENCH_TRITON") != "1":
             return None
         try:

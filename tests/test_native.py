@@ -1,4 +1,4 @@
-"""The compiled forward pass: the definition's numbers, no later key, and the plain form wherever it can't serve."""
+"""The compiled form: the definition's numbers, no later key, and the plain form wherever it can't serve."""
 
 import logging
 import shutil
@@ -197,35 +197,128 @@ def test_a_state_goes_on_where_it_stopped(compiler, make_shape):
 
 
 @pytest.mark.parametrize(
-    "what", ["gradients", "float64", "bfloat16", "bidirectional", "scales", "wide", "many features", "not asked for"]
+    "what",
+    ["gradients of any features", "float64", "float16", "bidirectional", "scales", "wide", "half too wide", "unasked"],
 )
 def test_what_it_does_not_serve_takes_the_plain_form(compiler, make_shape, monkeypatch, what):
-    width = 130 if what in ("wide", "many features") else 8
+    width = 130 if "wide" in what else 8
     shape = make_shape(num_heads=2, head_dim=width, causal=what != "bidirectional")
-    make_map = Scaled if what == "scales" else Relu
-    attention = (
-        LinearAttention(shape, make_map) if what in ("scales", "wide") else build_attention("hedgehog", shape)
-    ).eval()
+    makers = {"scales": Scaled, "wide": Relu, "gradients of any features": Signed}
+    attention = (LinearAttention(shape, makers[what]) if what in makers else build_attention("hedgehog", shape)).eval()
     inputs = [torch.randn(1, 2, 90, width) for _ in range(3)]
-    if what in ("float64", "bfloat16"):
+    if what in ("float64", "float16"):
         attention, inputs = attention.to(getattr(torch, what)), [x.to(getattr(torch, what)) for x in inputs]
-    if what == "not asked for":
+    if what == "unasked":
         monkeypatch.delenv("HHBENCH_NATIVE")
-    with torch.set_grad_enabled(what == "gradients"), kernels() as seen:
+    with torch.set_grad_enabled(what.startswith("gradients")), kernels() as seen:
         out = attention(*inputs)
     assert "native" not in seen
     truth = attention.double().quadratic(*(x.double() for x in inputs))
-    assert error(out.detach(), truth.detach()) <= (1e-2 if what == "bfloat16" else 1e-6)
+    assert error(out.detach(), truth.detach()) <= (1e-2 if what == "float16" else 1e-6)
 
 
-def test_padding_is_honoured(compiler, make_shape):
-    attention, inputs = hedgehog(make_shape, B=2, H=2, N=200, D=16, E=16)
-    mask = torch.ones(2, 200, dtype=torch.bool)
+def gradients(attention, inputs, d_out: Tensor, **more) -> tuple[Tensor, list[Tensor]]:
+    """The output, and what inputs and parameters receive."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out = attention(*leaves, **more)
+    return out.detach(), list(torch.autograd.grad(out, [*leaves, *attention.parameters()], d_out))
+
+
+def learns_as_the_definition(attention, inputs, *, at_most: float, **more) -> None:
+    d_out = torch.randn(*inputs[0].shape[:3], inputs[2].shape[3]).to(inputs[0])
+    with kernels() as seen:
+        out, found = gradients(attention, inputs, d_out, **more)
+    assert seen == {"native": 1}
+    exact = attention.double()
+    truth, expected = gradients(exact, [x.double() for x in inputs], d_out.double(), form="quadratic", **more)
+    assert error(out, truth) <= at_most
+    assert [x.dtype for x in found[:3]] == [x.dtype for x in inputs]
+    for mine, true in zip(found, expected, strict=True):
+        assert error(mine, true) <= at_most
+
+
+@pytest.mark.parametrize("form", [name for name in FORMS if name != "N=1"])
+def test_gradients_are_the_definitions_in_float64(compiler, make_shape, form):
+    attention, inputs = hedgehog(make_shape, **FORMS[form])
+    learns_as_the_definition(attention, inputs, at_most=1.5e-6)
+
+
+def padded(B: int, N: int) -> Tensor:
+    """Left, right and in between; the first queries of the first sequence are blind."""
+    mask = torch.rand(B, N) > 0.2
     mask[0, :80] = False
+    mask[-1, -5:] = False
+    return mask
+
+
+@pytest.mark.parametrize("form", ["grouped", "shared keys", "bias", "one W", "odd widths"])
+def test_padding_is_honoured(compiler, make_shape, form):
+    attention, inputs = hedgehog(make_shape, **FORMS[form])
+    mask = padded(inputs[0].shape[0], inputs[0].shape[2])
+    learns_as_the_definition(attention, inputs, at_most=2e-6, key_mask=mask)
+    attention.float()
+    with kernels() as seen:
+        d_out = torch.ones(*inputs[0].shape[:3], inputs[2].shape[3])
+        out, found = gradients(attention, inputs, d_out, key_mask=mask)
+    assert seen == {"native": 1}
+    assert (out[0, :, :80] == 0).all()
+    assert all((x.mT[~mask[:, None, None, :].expand_as(x.mT)] == 0).all() for x in found[:3])
+
+
+def test_what_padding_holds_does_not_matter(compiler, make_shape):
+    attention, inputs = hedgehog(make_shape, B=2, H=2, N=200, D=16, E=16, bias=True)
+    mask = padded(2, 200)
     out, native_ran = ran_native(attention, inputs, key_mask=mask)
-    alone, _ = ran_native(attention, [x[:1, :, 80:] for x in inputs])
-    assert native_ran  # by blocks
-    assert error(out[:1, :, 80:], alone.double()) <= 1e-6 and (out[0, :, :80] == 0).all()
+    spoilt = [x.masked_fill(~mask[:, None, :, None], torch.nan) for x in inputs]
+    again, _ = ran_native(attention, spoilt, key_mask=mask)
+    assert native_ran and torch.equal(out, again)
+
+
+@pytest.mark.parametrize("factor", [7.0, 50.0])
+def test_gradients_of_large_logits(compiler, make_shape, factor):
+    attention, inputs = hedgehog(make_shape, B=1, H=2, N=300, D=64, E=64, factor=factor**0.5)
+    learns_as_the_definition(attention, inputs, at_most=1.5e-6 * factor)
+
+
+@pytest.mark.parametrize("padding", [False, True])
+def test_bfloat16_is_summed_in_float32(compiler, make_shape, padding):
+    attention, inputs = hedgehog(make_shape, B=2, H=2, N=150, D=16, E=16, bias=True)
+    mask = padded(2, 150) if padding else None
+    learns_as_the_definition(attention, [x.bfloat16() for x in inputs], at_most=5e-3, key_mask=mask)
+
+
+def test_only_what_learns_gets_gradients(compiler, make_shape):
+    attention, inputs = hedgehog(make_shape, B=2, H=2, N=100, D=16, E=16, bias=True)
+    _, every = gradients(attention, inputs, torch.ones_like(inputs[2]))
+    for parameter in attention.parameters():
+        parameter.requires_grad_(False)
+    q = inputs[0].clone().requires_grad_()
+    (alone,) = torch.autograd.grad(attention(q, *inputs[1:]).sum(), q)
+    assert torch.equal(alone, every[0])
+    for i, parameter in enumerate(attention.parameters()):
+        parameter.requires_grad_()
+        with kernels() as seen:
+            (alone,) = torch.autograd.grad(attention(*inputs).sum(), parameter)
+        assert seen == {"native": 1} and torch.equal(alone, every[3 + i])
+        parameter.requires_grad_(False)
+
+
+def test_one_map_for_queries_and_keys_learns_from_both(compiler, make_shape):
+    attention, inputs = hedgehog(make_shape, B=1, H=2, N=100, D=16, E=16, tie_qk=True)
+    learns_as_the_definition(attention, inputs, at_most=1.5e-6)
+
+
+def test_threads_change_no_gradient(compiler, make_shape):
+    attention, inputs = hedgehog(make_shape, B=2, H=3, N=100, D=16, E=16)
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for number in (1, 7):
+            torch.set_num_threads(number)
+            found.append(gradients(attention, inputs, torch.ones_like(inputs[2]))[1])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("compiler_name", ["no-such-compiler", "false"])
@@ -243,7 +336,7 @@ def test_a_source_that_does_not_compile_takes_the_plain_form(fresh, make_shape, 
     if shutil.which("cc") is None:
         pytest.skip("needs a C compiler named cc")
     (tmp_path / "bad.c").write_text("int f(void) { return }\n")
-    monkeypatch.setattr(native, "SOURCE", tmp_path / "bad.c")
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
     attention, inputs = hedgehog(make_shape, B=1, H=2, N=CHUNK, D=8, E=8)
     with caplog.at_level(logging.DEBUG, logger="hhbench"):
         _, native_ran = ran_native(attention, inputs)
@@ -251,13 +344,18 @@ def test_a_source_that_does_not_compile_takes_the_plain_form(fresh, make_shape, 
 
 
 @pytest.mark.parametrize("harm", ["cut short", "one byte", "empty"])
-def test_a_broken_library_in_the_cache_is_built_again(fresh, compiler, harm):
+def test_a_broken_library_in_the_cache_is_built_again(fresh, monkeypatch, harm):
+    if shutil.which("cc") is None:
+        pytest.skip("needs a C compiler named cc")
+    (fresh / "quick.c").write_text("int answer(void) { return 42; }\n")
+    monkeypatch.setattr(native, "FOLDER", fresh)
+    assert native.library().answer() == 42
     (built,) = (fresh / "native").glob("*.so")
     whole = built.read_bytes()
     built.unlink()  # what is loaded stays as it is
     wrong = {"cut short": whole[:-100], "one byte": whole[:-1] + bytes([whole[-1] ^ 1]), "empty": b""}[harm]
     built.write_bytes(wrong)
     native.library.cache_clear()
-    assert native.library() is not None
+    assert native.library().answer() == 42
     assert built.read_bytes() != wrong and len(built.read_bytes()) == len(whole)
     assert [p.name for p in (fresh / "native").iterdir()] == [built.name]
