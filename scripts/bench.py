@@ -2,30 +2,30 @@
 
 python scripts/bench.py     rewrite the tables of docs/performance.md from docs/results/performance
 
-Times are CPU time of one thread: on a machine that others use too, a wall clock measures them as well. Contenders take
-turns, round by round, and a ratio is formed within a round, so that what slows the machine down slows both.
+Times are CPU time of one thread, read by the clock of `hhbench profile`: on a machine that others use too, a wall clock
+measures them as well. Contenders take turns, round by round, and a ratio is formed within a round, so that what slows
+the machine down slows both.
 """
 
 import argparse
 import json
-import math
 import os
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from hhbench import result
-from hhbench.attention import Attention, MixerShape, build_attention
+from hhbench.attention import LinearAttention, MixerShape, build_attention
 from hhbench.errors import HHBenchError, UsageError, unknown_name
+from hhbench.profile.clock import Clock
+from hhbench.profile.rounds import percentiles
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results" / "performance"
@@ -33,9 +33,7 @@ PAGE = ROOT / "docs" / "performance.md"
 START, END = "<!-- table: docs/results/performance/{}.json -->\n", "<!-- end of table -->"
 
 H, D = 12, 64
-SLOW = 2.0  # seconds; slower calls get only so many rounds:
-ROUNDS_IF_SLOW = 3
-LEAST = 0.005  # seconds that a sample takes: shorter calls are repeated within it
+CLOCK = Clock(torch.device("cpu"), threads=1)
 
 Call = Callable[[], object]
 
@@ -45,7 +43,7 @@ class Effort:
     """How long a script measures.
 
     Attributes:
-        rounds: of calls that take less than SLOW.
+        rounds: of every comparison; calls that take seconds get fewer.
         max_length: no sequence is longer. None: as long as the goals say.
         quick: it was asked to hurry.
     """
@@ -68,7 +66,7 @@ class Row:
         value: the median; None where it was not measured, and `note` says why.
         low: 10 % of what was seen lies below; None where there is no spread.
         high: 10 % of what was seen lies above.
-        unit: "x" (a ratio), "tokens" or "error" (of the maximum).
+        unit: "x" (a ratio), "tokens", "error" (of the maximum) or "KL" (nats).
         goal: to reach; None where none was set.
         at_most: the goal is an upper bound.
         reached: None where there is no goal, or where something else than the goal's case was measured.
@@ -104,55 +102,18 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-# Timing
-
-
-def thread_seconds(call: Call, times: int = 1) -> float:
-    """CPU seconds of this thread for one call, the mean of `times` in a row."""
-    start = time.thread_time()
-    for _ in range(times):
-        call()
-    return (time.thread_time() - start) / times
-
-
-def interleaved(calls: Mapping[str, Call], rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of each call, one sample a round. All take turns; every other round goes backwards.
-
-    Each is called once or twice before. A call slower than SLOW has its samples in the first ROUNDS_IF_SLOW rounds.
-    """
-    times: dict[str, int] = {}
-    for name, call in calls.items():
-        seconds = thread_seconds(call)
-        if seconds < SLOW:
-            times[name] = max(1, math.ceil(LEAST / max(thread_seconds(call), 1e-9)))
-        else:
-            times[name] = 0
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(rounds):
-        for name in list(calls)[:: -1 if i % 2 else 1]:
-            if times[name] or i < ROUNDS_IF_SLOW:
-                samples[name].append(thread_seconds(calls[name], times[name] or 1))
-    return samples
-
-
-def spread(values: Iterable[float]) -> tuple[float, float, float]:
-    """p10, p50 and p90."""
-    low, middle, high = np.quantile(np.fromiter(values, float), (0.1, 0.5, 0.9))
-    return float(low), float(middle), float(high)
-
-
 def ratio_row(name: str, what: str, samples: Mapping[str, Sequence[float]], *, of: str, to: str, **details: Any) -> Row:
     """How many times as long `of` takes as `to`, in the rounds that have both."""
     ratios = [a / b for a, b in zip(samples[of], samples[to], strict=False)]
-    low, value, high = spread(ratios)
-    seconds = {each: spread(samples[each])[1] for each in (of, to)}
+    low, value, high = percentiles(ratios)
+    seconds = {each: percentiles(samples[each])[1] for each in (of, to)}
     return Row(name, what, value, low, high, rounds=len(ratios), details={"seconds": seconds, **details})
 
 
 # What is timed
 
 
-def hedgehog(*, causal: bool = True, max_len: int = 32768) -> Attention:
+def hedgehog(*, causal: bool = True, max_len: int = 32768) -> LinearAttention:
     """hhbench's Hedgehog as a user builds it, with its W drawn near N(0, 1/D): a trained map is not the identity."""
     attention = linear("hedgehog", causal=causal, max_len=max_len)
     with torch.no_grad():
@@ -161,12 +122,20 @@ def hedgehog(*, causal: bool = True, max_len: int = 32768) -> Attention:
     return attention
 
 
-def linear(name: str, *, causal: bool = True, max_len: int = 32768) -> Attention:
+def linear(
+    name: str, *, causal: bool = True, max_len: int = 32768, heads: int = H, head_dim: int = D
+) -> LinearAttention:
     shape = MixerShape(
-        dim=H * D, num_heads=H, num_kv_heads=H, head_dim=D, scale=D**-0.5, max_len=max_len, causal=causal
+        dim=heads * head_dim,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=head_dim,
+        scale=head_dim**-0.5,
+        max_len=max_len,
+        causal=causal,
     )
     attention = build_attention(name, shape)
-    assert isinstance(attention, Attention)
+    assert isinstance(attention, LinearAttention)
     return attention
 
 
@@ -221,12 +190,11 @@ def machine() -> str:
         for line in info.read_text().splitlines():
             name, _, value = line.partition(":")
             found.setdefault(name.strip(), value.strip())
-    name = found.get("model name", "unknown CPU")
     family = (
         f"family {found['cpu family']}, model {found['model']}, " if {"cpu family", "model"} <= found.keys() else ""
     )
     amx = " with AMX" if "amx_tile" in found.get("flags", "") else ""
-    return f"{name} ({family}{torch.backends.cpu.get_cpu_capability()}{amx})"
+    return f"{result.cpu_name()} ({family}{torch.backends.cpu.get_cpu_capability()}{amx})"
 
 
 def record(script: str, rows: Sequence[Row], effort: Effort) -> dict[str, Any]:
@@ -252,6 +220,8 @@ def shown(value: float, unit: str) -> str:
         return f"{value:.1e}"
     if unit == "tokens":
         return f"{value:,.0f}"
+    if unit == "KL":
+        return f"{value:.4f}"
     return f"{value:.1f}x" if value >= 10 else f"{value:.2f}x"
 
 
@@ -260,14 +230,16 @@ def table(found: Mapping[str, Any]) -> str:
     environment = found["environment"]
     commit = (environment["commit"] or "unknown")[:10] + (" and changes" if environment["dirty"] else "")
     quick = "A quick run: few rounds, and short sequences only. " if found["quick"] else ""
-    lines = [
+    return (
         f"{quick}{found['created'][:10]}, {environment['device']}, {found['cores']} cores of which one thread is used, "
-        f"torch {environment['versions']['torch']}, Python {environment['python']}, commit {commit}.",
-        "",
-        "| what | measured | p10 .. p90 | goal | reached | |",
-        "|---|---:|---:|---:|---|---|",
-    ]
-    for row in (Row(**values) for values in found["rows"]):
+        f"torch {environment['versions']['torch']}, Python {environment['python']}, commit {commit}.\n\n"
+        + rows_table([Row(**values) for values in found["rows"]])
+    )
+
+
+def rows_table(rows: Iterable[Row]) -> str:
+    lines = ["| what | measured | p10 .. p90 | goal | reached | |", "|---|---:|---:|---:|---|---|"]
+    for row in rows:
         value = low_high = goal = ""
         if row.value is not None:
             value = shown(row.value, row.unit)

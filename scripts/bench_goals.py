@@ -1,28 +1,35 @@
 """How much faster than softmax is hhbench's linear attention here? The goals' table, measured again in one run.
 
-python scripts/bench_goals.py               all rows, about ten minutes on one core
+python scripts/bench_goals.py               all rows, about twenty minutes on one core
 python scripts/bench_goals.py --quick       few rounds, no sequence above 4,096
-python scripts/bench_goals.py --rows decode,memory
+python scripts/bench_goals.py --rows decode,decode-compiled
+python scripts/bench_goals.py --rows profile-crossover      does a finer sweep find what `hhbench profile` states?
 python scripts/bench_goals.py --publish     and put the table into docs/performance.md
 
 Hedgehog, built by `hhbench.build_attention("hedgehog", shape)`, its feature map's time included, against torch's
 scaled_dot_product_attention: batch 1, 12 heads of 64, one thread, CPU time of the thread. The last line of stdout is
 one JSON document. Exits 0 whether goals are reached or not.
+
+Rows named -compiled are the same ones with HHBENCH_NATIVE=1, the others without; a row that the compiled form doesn't
+serve says so and has no value.
 """
 
 import ctypes
+import json
+import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from bench import (
+    CLOCK,
     Call,
     Effort,
     H,
@@ -34,7 +41,6 @@ from bench import (
     hedgehog,
     hedgehog_features,
     inference,
-    interleaved,
     linear,
     parser,
     qkv,
@@ -42,7 +48,6 @@ from bench import (
     record,
     say,
     softmax,
-    spread,
     training,
 )
 from torch import Tensor
@@ -51,31 +56,79 @@ from hhbench import native
 from hhbench.attention import ATTENTIONS, Attention, FeatureMap
 from hhbench.kernels import kernels
 from hhbench.linear_attention import FLOOR
+from hhbench.profile.correctness import distance
+from hhbench.profile.crossover import estimate, in_words
+from hhbench.profile.record import Crossover
+from hhbench.profile.request import Request, lengths_of
+from hhbench.profile.rounds import interval, percentiles
 
-GRID = (128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448, 512, 640)  # a crossover is looked for in here
-RESAMPLES = 500
+GRID = (128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448, 512, 640, 768, 1024)  # a crossover is looked for in here
+ASKED = "HHBENCH_NATIVE"  # the variable that asks for the compiled form
+FINER = 0.25  # octaves between the lengths around the crossover that `hhbench profile` states, and how far they reach:
+AROUND = 0.75
 TAIL = 256  # tokens at the end of a long sequence
 SEEDS = 3
 
 
-def against_softmax(name: str, length: int, effort: Effort, *, backward: bool = False, **how: Any) -> Row:
-    """SDPA's time divided by Hedgehog's. `how`: causal, dtype."""
-    causal, dtype = how.get("causal", True), how.get("dtype", torch.float32)
-    N = effort.length(length)
-    attention, inputs = hedgehog(causal=causal), qkv(N, dtype=dtype)
-    if backward:
-        ours = training(attention, inputs, list(attention.parameters()))
-        theirs = training(lambda q, k, v: softmax(q, k, v, causal=causal), inputs)
-    else:
-        ours, theirs = inference(attention, inputs), inference(lambda q, k, v: softmax(q, k, v, causal=causal), inputs)
+def served(ran: Collection[str]) -> bool:
+    """Whether the compiled form ran, and no other, if it was asked for."""
+    return not native.wanted() or bool(ran and all(name.startswith("native") for name in ran))
+
+
+def unserved(name: str, what: str, ran: Collection[str], unit: str = "x") -> Row:
+    note = "not served by the compiled form"
+    if native.library() is None:
+        note += ": no C compiler, or it failed; see the debug log of hhbench.native"
+    return Row(name, what, None, unit=unit, note=note, details={"ran": sorted(ran)})
+
+
+def compiled(measure: Callable[[Effort], list[Row]], effort: Effort) -> list[Row]:
+    """The same rows of the compiled form, which a user must ask for."""
+    os.environ[ASKED] = "1"
+    try:
+        rows = measure(effort)
+    finally:
+        del os.environ[ASKED]
+    return [replace(row, name=f"{row.name}-compiled", what=f"{row.what}, compiled") for row in rows]
+
+
+def times_softmax(name: str, what: str, theirs: Call, ours: Call, effort: Effort, **details: Any) -> Row:
+    """SDPA's time divided by Hedgehog's."""
     with kernels() as seen:
         ours()
+    if not served(seen):
+        return unserved(name, what, seen)
+    samples = CLOCK.interleaved({"sdpa": theirs, "hedgehog": ours}, effort.rounds)
+    return ratio_row(name, what, samples, of="sdpa", to="hedgehog", **details, ran=sorted(seen))
+
+
+def against_softmax(
+    name: str,
+    length: int,
+    effort: Effort,
+    *,
+    backward: bool = False,
+    causal: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> Row:
+    """One pass at one length."""
+    N = effort.length(length)
+    ours, theirs = passes(hedgehog(causal=causal), qkv(N, dtype=dtype), backward=backward)
     words = ["forward + backward" if backward else "forward"]
     words += [] if causal else ["bidirectional"]
     words += ["bf16"] if dtype == torch.bfloat16 else []
-    samples = interleaved({"sdpa": theirs, "hedgehog": ours}, effort.rounds)
-    what = f"{', '.join(words)}, {N:,} tokens"
-    return ratio_row(name, what, samples, of="sdpa", to="hedgehog", length=N, ran=sorted(seen))
+    return times_softmax(name, f"{', '.join(words)}, {N:,} tokens", theirs, ours, effort, length=N)
+
+
+def passes(attention: Attention, inputs: Sequence[Tensor], *, backward: bool) -> tuple[Call, Call]:
+    """Of an attention and of softmax, forward or forward and backward."""
+
+    def theirs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return softmax(q, k, v, causal=attention.shape.causal)
+
+    if backward:
+        return training(attention, inputs, list(attention.parameters())), training(theirs, inputs)
+    return inference(attention, inputs), inference(theirs, inputs)
 
 
 def forward(effort: Effort) -> list[Row]:
@@ -86,39 +139,6 @@ def forward(effort: Effort) -> list[Row]:
 def backward(effort: Effort) -> list[Row]:
     row = against_softmax("backward", 4096, effort, backward=True)
     return [row.towards(6, applies=effort.length(4096) == 4096)]
-
-
-@contextmanager
-def asked_for_compiled() -> Iterator[None]:
-    before = os.environ.get("HHBENCH_NATIVE")
-    os.environ["HHBENCH_NATIVE"] = "1"
-    try:
-        yield
-    finally:
-        del os.environ["HHBENCH_NATIVE"]
-        if before is not None:
-            os.environ["HHBENCH_NATIVE"] = before
-
-
-def compiled(effort: Effort) -> list[Row]:
-    """The compiled form, which a user must ask for, against the same goals."""
-    if native.library() is None:
-        note = "no C compiler, or it failed: see the debug log of hhbench.native"
-        return [
-            Row("forward-compiled", "forward, 32,768 tokens, compiled", None, note=note),
-            Row("crossover-forward-compiled", "forward, crossover length, compiled", None, unit="tokens", note=note),
-        ]
-    with asked_for_compiled():
-        rows = [*forward(effort), *crossover(effort, backward=False, goal=320)]
-        attention, inputs = hedgehog().eval(), qkv(effort.length(2048))
-        with torch.inference_mode():
-            found = attention(*inputs)
-        truth, _ = exact(inputs, list(attention.parameters()))
-        error = _errors(
-            "error-outputs", f"fp32 outputs against float64, {inputs[0].shape[2]:,} tokens", [distance(found, truth)]
-        )
-        rows.append(error.towards(3e-7, at_most=True, applies=inputs[0].shape[2] == 2048))
-    return [replace(row, name=f"{row.name}-compiled", what=f"{row.what}, compiled") for row in rows]
 
 
 def bf16(effort: Effort) -> list[Row]:
@@ -134,17 +154,14 @@ def bidirectional(effort: Effort) -> list[Row]:
 def decode(effort: Effort) -> list[Row]:
     """One token: a step of the state against one query over a cache. The cache's growth is not charged to softmax."""
     rows = []
-    for length, goal in ((1024, None), (32768, 110.0)):
+    for length in (1024, 32768):
         N = effort.length(length)
         inputs, token = qkv(N), qkv(1)
         step = stepper(hedgehog().eval(), inputs, token)
         cached = inference(lambda q, k, v: softmax(q, k, v, causal=False), (token[0], *inputs[1:]))
-        with kernels() as seen:
-            step()
-        samples = interleaved({"sdpa": cached, "hedgehog": step}, effort.rounds)
         what = f"decode a token, {N:,} in the cache"
-        row = ratio_row(f"decode-{length}", what, samples, of="sdpa", to="hedgehog", length=N, ran=sorted(seen))
-        rows.append(row if goal is None else row.towards(goal, applies=length == N))
+        row = times_softmax(f"decode-{length}", what, cached, step, effort, length=N)
+        rows.append(row.towards(110, applies=length == N) if length == 32768 else row)
     return rows
 
 
@@ -161,61 +178,93 @@ def stepper(attention: Attention, earlier: Sequence[Tensor], token: Sequence[Ten
     return step
 
 
-def crossing(lengths: Sequence[int], log_ratios: Sequence[float]) -> float | None:
-    """The length from which the ratio stays above 1, by interpolation in the logarithms of both.
+Sweep = tuple[list[list[float]], list[str]]
 
-    The first length where it never is below; None where it still is at the last.
+
+def sweep(lengths: Sequence[int], effort: Effort, *, backward: bool) -> Sweep:
+    """Hedgehog's time divided by SDPA's, at each length in each round, and what ran.
+
+    Lengths and contenders all take turns in the same rounds. Nothing is timed if what ran isn't what was asked for.
     """
-    below = [i for i, value in enumerate(log_ratios) if value < 0]
-    if not below:
-        return float(lengths[0])
-    i = below[-1]
-    if i + 1 == len(lengths):
-        return None
-    share = -log_ratios[i] / (log_ratios[i + 1] - log_ratios[i])
-    return float(lengths[i] * (lengths[i + 1] / lengths[i]) ** share)
+    attention, calls = hedgehog(), {}
+    with kernels() as seen:
+        for N in lengths:
+            calls[f"hedgehog {N}"], calls[f"sdpa {N}"] = passes(attention, qkv(N), backward=backward)
+            calls[f"hedgehog {N}"]()
+    if not served(seen):
+        return [], sorted(seen)
+    samples = CLOCK.interleaved(calls, effort.rounds)
+    return [np.divide(samples[f"hedgehog {N}"], samples[f"sdpa {N}"]).tolist() for N in lengths], sorted(seen)
 
 
-def crossover_row(name: str, what: str, lengths: Sequence[int], log_ratios: np.ndarray) -> Row:
-    """Where the median over rounds crosses 1, and the spread of that over rounds drawn again. log_ratios [round, N]."""
-    rounds = len(log_ratios)
-    ratios = {str(N): float(np.exp(value)) for N, value in zip(lengths, np.median(log_ratios, 0), strict=True)}
-    value = crossing(lengths, np.median(log_ratios, 0).tolist())
-    rng = np.random.default_rng(0)
-    drawn = [
-        crossing(lengths, np.median(log_ratios[rng.integers(rounds, size=rounds)], 0).tolist())
-        for _ in range(RESAMPLES)
-    ]
-    found = [each for each in drawn if each is not None]
-    details = {"ratios": ratios, "resamples_without": RESAMPLES - len(found)}
-    if value is None:
-        note = f"softmax is still faster at {lengths[-1]:,}"
-        return Row(name, what, None, unit="tokens", rounds=rounds, note=note, details=details)
-    low, _, high = spread(found)
-    note = f"already faster at {lengths[0]:,}, the shortest tried" if value == lengths[0] else ""
-    return Row(name, what, value, low, high, unit="tokens", rounds=rounds, note=note, details=details)
+def crossover_row(name: str, what: str, lengths: Sequence[int], ratios: Sequence[Sequence[float]]) -> Row:
+    """Where the median over rounds crosses 1, and the spread of that over rounds drawn again. See `sweep`."""
+    value, draws = estimate(lengths, ratios)
+    found = np.maximum(draws[np.isfinite(draws)], lengths[0])
+    by_length = {str(N): float(1 / np.median(each)) for N, each in zip(lengths, ratios, strict=True)}
+    details = {"ratios": by_length, "resamples_without": len(draws) - len(found)}
+    row = Row(name, what, None, unit="tokens", rounds=len(ratios[0]), details=details)
+    if value == math.inf:
+        return replace(row, note=f"softmax is still faster at {lengths[-1]:,}")
+    low, _, high = percentiles(found)
+    note = "" if value else f"already faster at {lengths[0]:,}, the shortest tried"
+    return replace(row, value=max(value, lengths[0]), low=low, high=high, note=note)
 
 
 def crossover(effort: Effort, *, backward: bool, goal: float) -> list[Row]:
-    """Lengths and contenders all take turns in the same rounds."""
     lengths = [N for N in GRID if effort.length(N) >= N] or [effort.length(GRID[0])]
-    attention, calls = hedgehog(), {}
-    for N in lengths:
-        inputs = qkv(N)
-        if backward:
-            calls[f"hedgehog {N}"] = training(attention, inputs, list(attention.parameters()))
-            calls[f"sdpa {N}"] = training(softmax, inputs)
-        else:
-            calls[f"hedgehog {N}"] = inference(attention, inputs)
-            calls[f"sdpa {N}"] = inference(softmax, inputs)
-    samples = interleaved(calls, effort.rounds)
-    log_ratios = np.log([np.divide(samples[f"sdpa {N}"], samples[f"hedgehog {N}"]) for N in lengths]).T
-    name, passes = ("backward", "forward + backward") if backward else ("forward", "forward")
-    row = crossover_row(f"crossover-{name}", f"{passes}, crossover length", lengths, log_ratios)
+    name, words = ("backward", "forward + backward") if backward else ("forward", "forward")
+    name, what = f"crossover-{name}", f"{words}, crossover length"
+    ratios, ran = sweep(lengths, effort, backward=backward)
+    if not ratios:
+        return [unserved(name, what, ran, unit="tokens").towards(goal, at_most=True)]
+    row = crossover_row(name, what, lengths, ratios)
+    row = replace(row, details=row.details | {"ran": ran})
     if lengths[-1] <= goal:
         return [row.towards(goal, at_most=True, applies=False)]
     row = row.towards(goal, at_most=True)
     return [replace(row, reached=False) if row.value is None else row]
+
+
+def profile_crossover(effort: Effort) -> list[Row]:
+    """Does a finer sweep find the crossovers that `hhbench profile` states?"""
+    from hhbench.profile.measure import profile  # imports a lot, which a process that measures memory needn't
+
+    last = effort.length(4096)
+    request = Request(
+        attentions=("softmax", "hedgehog"),
+        lengths=lengths_of(f"{min(128, max(1, last // 4))}:{last}"),
+        modes=("prefill", "train"),
+        threads=1,
+        device="cpu",
+    )
+    return [finer(stated, effort) for stated in profile(request).crossovers]
+
+
+def agrees(stated: Crossover, low: float, high: float) -> bool:
+    """Whether an interval meets that of a stated crossover, which ends where that was measured."""
+    above = stated.length is None and stated.speedup <= 1
+    below = stated.length is None and not above
+    their_low = stated.low or (stated.last if above else 0)
+    their_high = stated.high or (stated.first if below else math.inf)
+    return low <= their_high and high >= their_low
+
+
+def finer(stated: Crossover, effort: Effort) -> Row:
+    """A sweep around a stated crossover."""
+    name, what = f"profile-crossover-{stated.work}", f"{stated.work}, crossover length by a finer sweep"
+    centre = stated.length or (stated.last if stated.speedup <= 1 else stated.first)
+    steps = np.arange(-AROUND, AROUND + FINER / 2, FINER)
+    lengths = sorted({max(1, round(centre * 2**step)) for step in steps})
+    ratios, ran = sweep(lengths, effort, backward=stated.work == "train")
+    value, draws = estimate(lengths, ratios)
+    low, high = interval(draws)
+    agree = agrees(stated, low, high)
+    said = in_words(value, low, high, lengths[0], lengths[-1])
+    row = crossover_row(name, what, lengths, ratios)
+    note = f"with 95 %: {said}; hhbench profile says {stated.said}: {'they agree' if agree else '**they differ**'}"
+    details = row.details | {"ran": ran, "said": said, "profile": asdict(stated), "agree": agree}
+    return replace(row, note=note, details=details)
 
 
 def memory(effort: Effort) -> list[Row]:
@@ -225,6 +274,7 @@ def memory(effort: Effort) -> list[Row]:
     if not Path("/proc/self/clear_refs").exists():
         return [Row(name, what, None, note="needs Linux's /proc").towards(1, at_most=True, applies=False)]
     peaks: dict[str, list[float]] = {"hedgehog": [], "sdpa": []}
+    ran: set[str] = set()
     for _ in range(min(effort.rounds, 3)):
         for each, found in peaks.items():
             command = [sys.executable, __file__, "--peak-of", each, "--max-length", str(N)]
@@ -232,16 +282,20 @@ def memory(effort: Effort) -> list[Row]:
             if done.returncode:
                 note = done.stderr.strip().splitlines()[-1]
                 return [Row(name, what, None, note=note).towards(1, at_most=True)]
-            found.append(float(done.stdout))
+            peak = json.loads(done.stdout)
+            found.append(peak["mib"])
+            ran.update(peak["ran"])
+        if not served(ran):
+            return [unserved(name, f"{what}, {N:,} tokens", ran).towards(1, at_most=True)]
     row = ratio_row(name, f"{what}, {N:,} tokens", peaks, of="hedgehog", to="sdpa")
-    mib = {each: spread(found)[1] for each, found in peaks.items()}
+    mib = {each: percentiles(found)[1] for each, found in peaks.items()}
     note = f"{mib['hedgehog']:.0f} MiB, SDPA {mib['sdpa']:.0f} MiB"
-    row = Row(name, row.what, row.value, row.low, row.high, rounds=row.rounds, note=note, details={"mib": mib})
+    row = replace(row, note=note, details={"mib": mib, "ran": sorted(ran)})
     return [row.towards(1, at_most=True, applies=N == 8192)]
 
 
-def peak_of(name: str, N: int) -> float:
-    """MiB that one pass forward and back takes beyond its inputs and the gradient of its output."""
+def peak_of(name: str, N: int) -> dict[str, Any]:
+    """MiB that one pass forward and back takes beyond its inputs and the gradient of its output; and what ran."""
     torch.set_num_threads(1)
     attention = hedgehog()
     attend, weights = (attention, list(attention.parameters())) if name == "hedgehog" else (softmax, [])
@@ -251,8 +305,9 @@ def peak_of(name: str, N: int) -> float:
         libc.malloc_trim(0)  # what was freed could be taken again without showing
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
     before = _status("VmRSS")
-    call()
-    return (_status("VmHWM") - before) / 1024
+    with kernels() as seen:
+        call()
+    return {"mib": (_status("VmHWM") - before) / 1024, "ran": sorted(seen)}
 
 
 def _status(name: str) -> int:
@@ -286,68 +341,74 @@ def exact(
     return torch.stack(outputs)[None], [g[None] if i < len(inputs) else g for i, g in enumerate(stacked)]
 
 
-def distance(found: Tensor, truth: Tensor) -> float:
-    """The largest error, of the largest true value."""
-    return float((found.detach().double() - truth).abs().max() / truth.abs().max())
+Error = tuple[float, Collection[str]]
+"""An error, and what ran."""
 
 
-def errors(N: int, *, factor: float = 1.0) -> tuple[float, float]:
-    """Of outputs and of gradients against float64, the worst of q, k, v and both W. `factor` scales the logits."""
+def errors(N: int, *, factor: float = 1.0) -> tuple[list[Error], Error]:
+    """Of outputs, without gradients and with them, and of gradients, the worst of q, k, v and both W, against float64.
+
+    `factor` scales the logits.
+    """
     attention = hedgehog()
     q, k, v = qkv(N)
     inputs = [(q * factor**0.5).requires_grad_(), (k * factor**0.5).requires_grad_(), v.requires_grad_()]
     weights = list(attention.parameters())
     grad = torch.randn_like(v)
-    out = attention(*inputs)
-    found = torch.autograd.grad(out, [*inputs, *weights], grad)
+    with kernels() as inferred, torch.inference_mode():
+        without = attention(*inputs)
+    with kernels() as trained:
+        out = attention(*inputs)
+        found = torch.autograd.grad(out, [*inputs, *weights], grad)
     true_out, truths = exact(inputs, weights, grad)
-    return distance(out, true_out), max(distance(a, b) for a, b in zip(found, truths, strict=True))
+    worst = max(distance(a, b) for a, b in zip(found, truths, strict=True))
+    return [(distance(without, true_out), inferred), (distance(out, true_out), trained)], (worst, trained)
 
 
-def tail_error(N: int) -> float:
+def tail_error(N: int) -> Error:
     """Of the last outputs of a long sequence in bfloat16, where a running sum in bfloat16 would have drifted."""
     attention, inputs = hedgehog().eval(), qkv(N, dtype=torch.bfloat16)
-    with torch.inference_mode():
+    with kernels() as seen, torch.inference_mode():
         found = attention(*inputs)[..., -TAIL:, :]
     truth, _ = exact((inputs[0][..., -TAIL:, :], *inputs[1:]), list(attention.parameters()))
-    return distance(found, truth)
+    return distance(found, truth), seen
 
 
 def numerics(effort: Effort) -> list[Row]:
     lengths = sorted({effort.length(N) for N in (100, 256, 1000, 2048)})
-    by_length = {N: [errors(N) for _ in range(SEEDS)] for N in lengths}
-    seen = [each for found in by_length.values() for each in found]
-    longest = f"up to {lengths[-1]:,} tokens"
-    rows = [
-        _errors("error-outputs", f"fp32 outputs against float64, {longest}", [a for a, _ in seen]).towards(
-            3e-7, at_most=True, applies=lengths[-1] == 2048
-        ),
-        _errors("error-gradients", f"fp32 gradients against float64, {longest}", [b for _, b in seen]).towards(
-            1.5e-6, at_most=True, applies=lengths[-1] == 2048
-        ),
-    ]
-    for i, row in enumerate(rows):
-        worst = {str(N): max(each[i] for each in found) for N, found in by_length.items()}
-        rows[i] = replace(row, details={"worst_by_length": worst})
+    goals_apply = lengths[-1] == 2048
+    outputs: dict[int, list[Error]] = {}
+    gradients: dict[int, list[Error]] = {}
+    for N in lengths:
+        seen = [errors(N) for _ in range(SEEDS)]
+        outputs[N], gradients[N] = [each for out, _ in seen for each in out], [each for _, each in seen]
+    rows = []
+    for name, goal, by_length in (("outputs", 3e-7, outputs), ("gradients", 1.5e-6, gradients)):
+        what = f"fp32 {name} against float64, up to {lengths[-1]:,} tokens"
+        row = worst_row(f"error-{name}", what, [each for found in by_length.values() for each in found])
+        worst = {str(N): max(error for error, _ in found) for N, found in by_length.items()}
+        row = replace(row, details=row.details | {"worst_by_length": worst})
+        rows.append(row.towards(goal, at_most=True, applies=goals_apply))
     N = effort.length(16384)
-    tails = [tail_error(N) for _ in range(SEEDS)]
-    row = _errors("error-bf16", f"bf16, last {min(TAIL, N)} outputs of {N:,}", tails)
+    row = worst_row("error-bf16", f"bf16, last {min(TAIL, N)} outputs of {N:,}", [tail_error(N) for _ in range(SEEDS)])
     rows.append(row.towards(3e-3, at_most=True, applies=N == 16384))
     large = [errors(lengths[-1], factor=50.0) for _ in range(SEEDS)]
-    for name, what, values in (
-        ("error-outputs-x50", "fp32 outputs", [a for a, _ in large]),
-        ("error-gradients-x50", "fp32 gradients", [b for _, b in large]),
-    ):
-        rows.append(_errors(name, f"{what}, logits times 50, {lengths[-1]:,} tokens", values))
+    for name, found in (("outputs", [each for out, _ in large for each in out]), ("gradients", [g for _, g in large])):
+        rows.append(worst_row(f"error-{name}-x50", f"fp32 {name}, logits times 50, {lengths[-1]:,} tokens", found))
     return rows
 
 
-def _errors(name: str, what: str, values: Sequence[float]) -> Row:
-    """The worst of some errors."""
+def worst_row(name: str, what: str, errors: Sequence[Error]) -> Row:
+    """The worst of the errors of what was asked for."""
+    values = [error for error, ran in errors if served(ran)]
+    ran = sorted({kernel for _, ran in errors if served(ran) for kernel in ran})
+    if not values:
+        return unserved(name, what, errors[0][1], unit="error")
+    row = Row(name, what, None, unit="error", rounds=len(values), details={"ran": ran})
     if not np.isfinite(values).all():
-        return Row(name, what, None, unit="error", rounds=len(values), reached=False, note="**NaN or infinite**")
-    low, _, high = spread(values)
-    return Row(name, what, max(values), low, high, unit="error", rounds=len(values), note="the worst seen")
+        return replace(row, reached=False, note="**NaN or infinite**")
+    low, _, high = percentiles(values)
+    return replace(row, value=max(values), low=low, high=high, note="the worst seen")
 
 
 def others(effort: Effort) -> list[Row]:
@@ -356,26 +417,32 @@ def others(effort: Effort) -> list[Row]:
     names = [name for name in ATTENTIONS.names() if issubclass(ATTENTIONS.get(name).part, FeatureMap)]
     inputs = qkv(N)
     calls = {name: inference(hedgehog() if name == "hedgehog" else linear(name), inputs) for name in names}
-    samples = interleaved({"sdpa": inference(softmax, inputs), **calls}, effort.rounds)
+    samples = CLOCK.interleaved({"sdpa": inference(softmax, inputs), **calls}, effort.rounds)
     return [
         ratio_row(f"forward-{name}", f"{name}, forward, {N:,} tokens", samples, of="sdpa", to=name, length=N)
         for name in names
     ]
 
 
-ROWS: Mapping[str, Callable[[Effort], list[Row]]] = {
+PLAIN: Mapping[str, Callable[[Effort], list[Row]]] = {
     "forward": forward,
-    "crossover-forward": lambda effort: crossover(effort, backward=False, goal=320),
-    "compiled": compiled,
+    "crossover-forward": partial(crossover, backward=False, goal=320),
     "backward": backward,
-    "crossover-backward": lambda effort: crossover(effort, backward=True, goal=352),
+    "crossover-backward": partial(crossover, backward=True, goal=352),
     "bf16": bf16,
     "decode": decode,
     "bidirectional": bidirectional,
     "memory": memory,
     "numerics": numerics,
     "others": others,
+    "profile-crossover": profile_crossover,
 }
+COMPILED = ("forward", "crossover-forward", "backward", "crossover-backward", "bf16", "decode", "memory", "numerics")
+ROWS: dict[str, Callable[[Effort], list[Row]]] = {}
+for each, measure in PLAIN.items():
+    ROWS[each] = measure
+    if each in COMPILED:
+        ROWS[f"{each}-compiled"] = partial(compiled, measure)
 
 
 def main() -> int:
@@ -386,8 +453,9 @@ def main() -> int:
     args = arguments.parse_args()
     effort = effort_of(args)
     if args.peak_of:
-        print(peak_of(args.peak_of, effort.length(8192)))
+        print(json.dumps(peak_of(args.peak_of, effort.length(8192))))
         return 0
+    os.environ.pop(ASKED, None)  # rows that don't say compiled aren't
     torch.set_num_threads(1)
     torch.manual_seed(0)
     rows = []

@@ -25,6 +25,7 @@ from types import ModuleType
 
 import torch
 from bench import (
+    CLOCK,
     Effort,
     Row,
     chosen,
@@ -34,7 +35,6 @@ from bench import (
     hedgehog,
     hedgehog_features,
     inference,
-    interleaved,
     parser,
     qkv,
     ratio_row,
@@ -47,6 +47,7 @@ from torch import Tensor
 
 from hhbench.errors import HHBenchError, in_one_line
 from hhbench.kernels import kernels
+from hhbench.profile.correctness import distance
 
 FAST_TRANSFORMERS = "pytorch-fast-transformers==0.4.0"
 PERFORMER = "performer-pytorch==1.1.4"
@@ -275,7 +276,7 @@ def contenders(names: Sequence[str], args: argparse.Namespace) -> Contenders:
                 found = with_features(PEERS[name].load(args.install), weights)
             with torch.no_grad():
                 out, truth = found(*inputs), ours(*inputs)
-            error = float((out - truth).abs().max() / truth.abs().max())
+            error = distance(out, truth)
         except AbsentError:
             notes[name] = f"not installed: {PEERS[name].get}"
         except Exception as problem:  # whatever somebody else's code raises is that row's business only
@@ -317,7 +318,7 @@ def cell(found: Contenders, names: Sequence[str], passes: str, length: int, effo
             calls[name] = training(attend, inputs, weights) if backward else inference(attend, inputs)
     with kernels() as seen:
         calls["hhbench"]()
-    samples = interleaved(calls, effort.rounds)
+    samples = CLOCK.interleaved(calls, effort.rounds)
     rows = []
     for name in names:
         key, what = f"{name}-{passes}-{length}", f"{'forward + backward' if backward else 'forward'}, {N:,} tokens: "

@@ -13,18 +13,17 @@ the bare loop has none of, is timed apart. The last line is one JSON document.
 import argparse
 import copy
 import json
-import math
 import platform
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import lightning
+import numpy as np
 import torch
 from bench import chosen, guarded
 from torch import Tensor, nn
@@ -32,6 +31,8 @@ from torch.nn.functional import cross_entropy
 
 from hhbench import result, runner
 from hhbench.config import RunConfig
+from hhbench.profile.clock import Moment
+from hhbench.profile.rounds import interval, resampled
 from hhbench.task import Batch
 from hhbench.train import Schedule, TrainStage, fit, loader, parameter_groups
 
@@ -39,25 +40,6 @@ BLOCKS = {"glue": (1, 60), "lm": (4, 60), "imagenet": (6, 60)}  # steps of one, 
 WARM_UP = 3  # blocks
 VALIDATED = 200  # examples: they aren't what is compared
 GOAL = 0.95  # of the bare loop's throughput, at least
-
-
-@dataclass(frozen=True)
-class Moment:
-    cpu: float
-    wall: float
-
-    @staticmethod
-    def now() -> "Moment":
-        return Moment(time.process_time(), time.perf_counter())
-
-    def __sub__(self, other: "Moment") -> "Moment":
-        return Moment(self.cpu - other.cpu, self.wall - other.wall)
-
-    def __add__(self, other: "Moment") -> "Moment":
-        return Moment(self.cpu + other.cpu, self.wall + other.wall)
-
-
-NOTHING = Moment(0.0, 0.0)
 
 
 class Bare:
@@ -103,7 +85,7 @@ class Interleaved(TrainStage):
     def start(self, bare: Bare, block: int) -> None:
         self.bare, self.block, self.rounds = bare, block, Rounds()
         self._batches: list[Batch] = []
-        self._validated = NOTHING
+        self._validated = Moment()
 
     def on_train_start(self) -> None:
         self._since = Moment.now()
@@ -124,13 +106,14 @@ class Interleaved(TrainStage):
         self.rounds.bare.append(Moment.now() - paused)
         self.rounds.losses.append((float(outputs["loss"]), loss))
         self._batches.clear()
-        self._validated = NOTHING
+        self._validated = Moment()
         self._since = Moment.now()
 
 
 @dataclass(frozen=True)
 class Row:
-    """One task. `kept` is bare seconds / hhbench's, the median over blocks; 95 % of such medians lie in the interval.
+    """One task. `kept` is bare seconds / hhbench's, the median over blocks; 95 % of those of blocks drawn anew lie
+    between `kept_low` and `kept_high`.
     Both train the same: so say the losses after the first block.
     """
 
@@ -146,13 +129,6 @@ class Row:
     kept_wall: float
     loss_ours: float
     loss_bare: float
-
-
-def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """The median, and the order statistics between which that of all possible values lies with 95 %."""
-    ordered, n = sorted(values), len(values)
-    below = max(0, math.floor((n - 1.96 * math.sqrt(n)) / 2))
-    return statistics.median(ordered), ordered[below], ordered[n - 1 - below]
 
 
 def measure(task_name: str, attn: str, block: int, rounds: int) -> Row:
@@ -193,9 +169,9 @@ def measure(task_name: str, attn: str, block: int, rounds: int) -> Row:
         )
     found = stage.rounds
     ours, bare = found.ours[WARM_UP:], found.bare[WARM_UP:]
-    kept = [theirs.cpu / mine.cpu for mine, theirs in zip(ours, bare, strict=True)]
-    middle, low, high = median_interval(kept)
-    per_step = [1000 * statistics.median(m.cpu for m in moments) / block for moments in (bare, ours)]
+    kept = [theirs.process / mine.process for mine, theirs in zip(ours, bare, strict=True)]
+    low, high = interval(resampled(kept, np.random.default_rng(0)))
+    per_step = [1000 * statistics.median(m.process for m in moments) / block for moments in (bare, ours)]
     return Row(
         task=f"{task_name} ({task.dataset(str(config.dataset)).title})",
         attention=plan.label,
@@ -203,7 +179,7 @@ def measure(task_name: str, attn: str, block: int, rounds: int) -> Row:
         steps_per_block=block,
         bare_ms=per_step[0],
         ours_ms=per_step[1],
-        kept=middle,
+        kept=statistics.median(kept),
         kept_low=low,
         kept_high=high,
         kept_wall=statistics.median(theirs.wall / mine.wall for mine, theirs in zip(ours, bare, strict=True)),

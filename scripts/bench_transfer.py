@@ -14,28 +14,26 @@ layers and heads on a sequence that was not taught. The last line is one JSON do
 
 import argparse
 import copy
-import gc
-import itertools
 import json
 import math
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench import Row, guarded, interleaved, machine, ratio_row, say
+from bench import CLOCK, Row, guarded, machine, ratio_row, rows_table, say
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2Model
 
 from hhbench import hosts, pretrained
 from hhbench.distill import TransferLoss, intercepted
 from hhbench.errors import UsageError, unknown_name
 from hhbench.fidelity import measure
+from hhbench.profile.clock import inspect
 from hhbench.result import environment
 from hhbench.tasks.lm import load_texts
 from hhbench.train import encode
@@ -96,16 +94,6 @@ def forward(model: nn.Module, ids: Tensor) -> None:
         encode(model, {"input_ids": ids})
 
 
-def peak_bytes(run: Callable[[], object]) -> int:
-    """What torch's CPU allocator had handed out at most, beyond what it had before."""
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as found:
-        run()
-    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
-    changes: list[int] = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return max(itertools.accumulate(changes))
-
-
 def tokens(name: str, model: nn.Module) -> Tensor:
     """One long row of tokens: Wikipedia's for a pretrained model, and random ones for random weights."""
     if name == "gpt2":
@@ -126,8 +114,8 @@ def cost(args: argparse.Namespace, teacher: nn.Module, student: nn.Module, lengt
         "whole": lambda: whole.step(ids),
         "sampled": lambda: sampled.step(ids),
     }
-    samples = interleaved(calls, args.rounds)
-    peaks = {name: peak_bytes(call) for name, call in calls.items()}
+    samples = CLOCK.interleaved(calls, args.rounds)
+    peaks = {name: inspect(call, CLOCK.device).peak_bytes or 0 for name, call in calls.items()}
     rows = []
     for name, what, goals in (
         ("whole", "every query", GOALS),
@@ -170,19 +158,6 @@ def quality(args: argparse.Namespace, student: nn.Module, rows: list[Row], strea
         found.append(Row(f"kl {name}", f"KL, {name}: {steps} steps", kl(transfer.model), unit="KL"))
         say(f"{found[-1].what}: {found[-1].value:.4f}")
     return found
-
-
-def table(rows: Sequence[Row]) -> str:
-    lines = ["| what | measured | p10 .. p90 | goal | reached | |", "|---|---:|---:|---:|---|---|"]
-    for row in rows:
-        if row.unit == "KL":
-            value, low_high = f"{row.value:.4f}", ""
-        else:
-            value, low_high = f"{row.value:.2f}x", f"{row.low:.2f} .. {row.high:.2f}"
-        goal = "" if row.goal is None else f"<= {row.goal:.0f}x"
-        reached = {True: "yes", False: "**no**", None: ""}[row.reached]
-        lines.append(f"| {row.what} | {value} | {low_high} | {goal} | {reached} | {row.note} |")
-    return "\n".join(lines) + "\n"
 
 
 def positive(text: str) -> int:
@@ -230,7 +205,7 @@ def main() -> int:
         "rows": [asdict(row) for row in rows],
     }
     print(f"{args.attn} in {args.layers} layers of {args.model}, {found['created'][:10]}, {machine()}, one thread\n")
-    print(table(rows))
+    print(rows_table(rows))
     if args.json:
         args.json.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
     print(json.dumps(found, allow_nan=False))

@@ -13,23 +13,28 @@ import argparse
 import json
 import os
 import re
-import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
+from bench import Call, inference, linear, training
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
-from hhbench.attention import LinearAttention, MixerShape, build_attention
+from hhbench.attention import LinearAttention
 from hhbench.baselines import _hedgehog_triton as kernels
+from hhbench.profile.clock import Clock
+from hhbench.profile.correctness import distance
+from hhbench.profile.rounds import percentiles
 
 HEADS, WIDTH = 12, 64
+COLD = Clock(torch.device("cuda"), threads=1, cold=True)
 BACKENDS = {
     "sdpa-flash": SDPBackend.FLASH_ATTENTION,
     "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -40,17 +45,7 @@ TILINGS = [(c, w, s) for c in (16, 32, 64) for w in (4, 8) for s in (1, 2, 3)]
 
 def make(causal: bool, heads: int = HEADS, width: int = WIDTH) -> LinearAttention:
     torch.manual_seed(0)
-    shape = MixerShape(
-        dim=heads * width,
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=width,
-        scale=width**-0.5,
-        max_len=1 << 16,
-        causal=causal,
-    )
-    module = build_attention("hedgehog", shape)
-    assert isinstance(module, LinearAttention)
+    module = linear("hedgehog", causal=causal, max_len=1 << 16, heads=heads, head_dim=width)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3 * width**-0.5)
@@ -64,12 +59,13 @@ def inputs(batch: int, length: int, dtype: torch.dtype, heads: int = HEADS, widt
 
 
 def fused(
-    module: LinearAttention, qkv: list[Tensor], key_mask: Tensor | None = None, parts: int | None = None
+    module: LinearAttention, qkv: Sequence[Tensor], key_mask: Tensor | None = None, parts: int | None = None
 ) -> Tensor:
     a, b = module.query_map, module.key_map
-    return kernels.hedgehog_attention(
+    out: Tensor = kernels.hedgehog_attention(
         *qkv, a.weight, b.weight, causal=module.shape.causal, key_mask=key_mask, parts=parts
     )
+    return out
 
 
 def errors(
@@ -87,7 +83,7 @@ def errors(
     got = torch.autograd.grad(found, [*qkv, *module.parameters()], do.to(dtype))
     names = ("output", "q", "k", "v", "weight_q", "weight_k")
     pairs = zip(names, (found, *got), (truth, *expected), strict=True)
-    return {name: ((x.double() - y).abs().max() / y.abs().max()).item() for name, x, y in pairs}
+    return {name: distance(x, y) for name, x, y in pairs}
 
 
 def check_numerics() -> list[dict[str, Any]]:
@@ -100,9 +96,9 @@ def check_numerics() -> list[dict[str, Any]]:
                 if width == 128 and dtype != torch.bfloat16:
                     continue
                 for length, parts, masked in ((1000, 1, False), (1000, 3, True), (2048, None, False)):
-                    row = {"causal": causal, "dtype": str(dtype), "width": width, "length": length}
+                    row: dict[str, Any] = {"causal": causal, "dtype": str(dtype), "width": width, "length": length}
                     row |= {"parts": parts, "masked": masked}
-                    row |= attempt(lambda a=(causal, dtype, length, width, parts, masked): errors(*a))
+                    row |= attempt(partial(errors, causal, dtype, length, width, parts, masked))
                     values = [row[name] for name in ("output", "q", "k", "v", "weight_q", "weight_k") if name in row]
                     row["passed"] = bool(values) and all(value < bound for value in values)
                     rows.append(row)
@@ -119,53 +115,36 @@ def attempt(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
 
 
-def one_time(function: Callable[[], Any]) -> float:
-    """Milliseconds by CUDA events, with a cold L2."""
-    torch.empty(64 << 20, dtype=torch.int32, device="cuda").zero_()
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    function()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end)
+def first_time(call: Call, clock: Clock) -> dict[str, Any]:
+    return {"seconds": clock.time(call).seconds}
 
 
-def times(candidates: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, Any]]:
-    """Interleaved: every candidate once a round."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, function in candidates.items():
-        found[name] = attempt(lambda f=function: {"warm-up ms": [one_time(f), one_time(f)]})
-    seen: dict[str, list[float]] = {name: [] for name in candidates if "error" not in found[name]}
-    for _ in range(rounds):
-        for name, measured in seen.items():
-            measured.append(one_time(candidates[name]))
-    for name, measured in seen.items():
-        tenths = statistics.quantiles(measured, n=10)
-        found[name] = {"p10": tenths[0], "p50": statistics.median(measured), "p90": tenths[-1]}
+def times(candidates: dict[str, Call], rounds: int, clock: Clock = COLD) -> dict[str, dict[str, Any]]:
+    """Milliseconds of each, interleaved, or the error of its first call."""
+    found = {name: attempt(partial(first_time, call, clock)) for name, call in candidates.items()}
+    running = {name: call for name, call in candidates.items() if "error" not in found[name]}
+    for name, seconds in clock.interleaved(running, rounds).items():
+        found[name] = {p: 1000 * s for p, s in zip(("p10", "p50", "p90"), percentiles(seconds), strict=True)}
     return found
 
 
-def candidates(module: LinearAttention, qkv: list[Tensor], backward: bool) -> dict[str, Callable[[], Any]]:
-    do, learned = torch.randn_like(qkv[0]), list(module.parameters())
+def candidates(module: LinearAttention, qkv: list[Tensor], backward: bool) -> dict[str, Call]:
+    def call(attend: Callable[..., Tensor], weights: Sequence[Tensor] = ()) -> Call:
+        return training(attend, qkv, weights) if backward else inference(attend, qkv)
 
-    def step(forward: Callable[[], Tensor], wanted: list[Tensor]) -> Callable[[], Any]:
-        def run() -> Any:
-            if backward:
-                return torch.autograd.grad(forward(), wanted, do)
-            with torch.no_grad():
-                return forward()
+    def softmax(backend: SDPBackend) -> Callable[..., Tensor]:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return scaled_dot_product_attention(q, k, v, is_causal=module.shape.causal)
 
-        return run
+        return attend
 
-    def softmax(backend: SDPBackend) -> Tensor:
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(*qkv, is_causal=module.shape.causal)
-
+    learned = list(module.parameters())
     found = {
-        "fused": step(lambda: fused(module, qkv), [*qkv, *learned]),
-        "linear-attention": step(lambda: module(*qkv), [*qkv, *learned]),
+        "fused": call(lambda *qkv: fused(module, qkv), learned),
+        "linear-attention": call(module, learned),
     }
-    return found | {name: step(lambda b=backend: softmax(b), qkv) for name, backend in BACKENDS.items()}
+    return found | {name: call(softmax(backend)) for name, backend in BACKENDS.items()}
 
 
 def time_lengths(tokens: int, rounds: int, deadline: float) -> list[dict[str, Any]]:
@@ -177,7 +156,12 @@ def time_lengths(tokens: int, rounds: int, deadline: float) -> list[dict[str, An
                 continue
             qkv = inputs(tokens // length, length, torch.bfloat16)
             for backward in (False, True):
-                row = {"causal": causal, "length": length, "batch": tokens // length, "backward": backward}
+                row: dict[str, Any] = {
+                    "causal": causal,
+                    "length": length,
+                    "batch": tokens // length,
+                    "backward": backward,
+                }
                 row["ms"] = times(candidates(module, qkv, backward), rounds)
                 softmax = [t["p50"] for name, t in row["ms"].items() if name in BACKENDS and "p50" in t]
                 if softmax and "p50" in row["ms"]["fused"]:
@@ -189,7 +173,8 @@ def time_lengths(tokens: int, rounds: int, deadline: float) -> list[dict[str, An
 
 def time_tilings(tokens: int, rounds: int, deadline: float) -> list[dict[str, Any]]:
     """Each kernel with other tilings, the other kernels with theirs."""
-    chosen, rows = kernels.tiling_of, []
+    chosen = kernels.tiling_of
+    rows: list[dict[str, Any]] = []
     names = ["_sums_kernel", "_forward_kernel", "_backward_queries_kernel", "_backward_keys_kernel"]
     module = make(True)
     qkv = inputs(1, tokens, torch.bfloat16)

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+
+from hhbench.profile.correctness import distance
+from hhbench.profile.record import Crossover
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -43,7 +45,13 @@ def test_the_goals_script_measures_every_row(tmp_path: Path) -> None:
     rows = rows_of(found)
     assert {"forward", "backward", "bf16", "decode-1024", "decode-32768", "bidirectional", "memory"} <= rows.keys()
     assert {"crossover-forward", "crossover-backward", "forward-taylor", "forward-elu"} <= rows.keys()
-    for row in rows.values():
+    assert {name.removesuffix("-compiled") for name in rows if name.endswith("-compiled")} <= rows.keys()
+    for name, row in rows.items():
+        ran = row.details.get("ran", [])
+        if name.endswith("-compiled") and "not served by the compiled form" not in row.note:
+            assert ran == [kernel for kernel in ran if kernel.startswith("native")] != []
+        else:
+            assert "native" not in ran
         assert row.value is None or row.value > 0
         # At other lengths than the goals' nothing was reached and nothing was missed.
         assert row.reached is None
@@ -53,6 +61,11 @@ def test_the_goals_script_measures_every_row(tmp_path: Path) -> None:
     assert rows["error-outputs"].value < 3e-7
     assert rows["error-gradients"].value < 5e-6
     assert rows["error-bf16"].value < 1e-2
+    for work in ("prefill", "train"):
+        details = rows[f"profile-crossover-{work}"].details
+        assert details["profile"]["first"] == 16
+        assert details["profile"]["last"] == 64
+        assert details["agree"] in (True, False)
     assert found["environment"]["threads"] == 1
     assert found["environment"]["device"] == bench.machine()
 
@@ -126,42 +139,86 @@ def test_an_absent_peer_says_how_to_get_it_and_a_wrong_one_is_not_timed(monkeypa
     assert [row.value is not None for row in measured] == [False, False, False, True]
 
 
-def test_a_crossover_is_interpolated_where_softmax_is_last_ahead() -> None:
-    lengths = [128, 256, 512]
-    # A power law crosses where it says: t_softmax / t_ours = N / 200.
-    ratios = [math.log(N / 200) for N in lengths]
-    assert bench_goals.crossing(lengths, ratios) == pytest.approx(200)
-    assert bench_goals.crossing(lengths, [0.1, -0.1, 0.1]) == pytest.approx(256 * 2**0.5)
-    assert bench_goals.crossing(lengths, [0.1, 0.2, 0.3]) == 128
-    assert bench_goals.crossing(lengths, [-0.1, 0.2, -0.3]) is None
-
-
 def test_a_crossover_s_spread_is_that_of_its_rounds() -> None:
     lengths = [128, 256, 512]
-    noise = np.random.default_rng(0).normal(0, 0.1, (20, 1))
-    row = bench_goals.crossover_row("x", "x", lengths, np.log(np.array(lengths) / 200) + noise)
+    # A power law crosses where it says: t_ours / t_softmax = 200 / N.
+    power = np.array([200 / N for N in lengths])[:, None]
+    noise = np.exp(np.random.default_rng(0).normal(0, 0.1, (1, 20)))
+    row = bench_goals.crossover_row("x", "x", lengths, (power * noise).tolist())
     assert row.low < row.value < row.high
     # The noise of a median of 20, through the power law: 200 tokens times 0.1 * 1.25 / sqrt(20).
     assert 4 < row.high - row.low < 40
-    still = bench_goals.crossover_row("x", "x", lengths, np.log(np.array(lengths) / 200) + 0 * noise)
+    still = bench_goals.crossover_row("x", "x", lengths, (power * np.ones((1, 20))).tolist())
     assert still.low == still.high == pytest.approx(200)
-    never = bench_goals.crossover_row("x", "x", lengths, np.full((5, 3), -1.0))
+    assert still.details["ratios"]["256"] == pytest.approx(256 / 200)
+    never = bench_goals.crossover_row("x", "x", lengths, [[2.0] * 5] * 3)
     assert never.value is None
     assert "softmax is still faster at 512" in never.note
+    always = bench_goals.crossover_row("x", "x", lengths, [[0.5] * 5] * 3)
+    assert (always.low, always.value, always.high) == (128, 128, 128)
+    assert "already faster at 128" in always.note
 
 
-def test_calls_take_turns_and_a_ratio_is_of_medians_within_rounds() -> None:
-    order: list[str] = []
-    names = ("a", "b", "c")
-    work = torch.randn(256, 256)
+@pytest.mark.parametrize(
+    ("length", "low", "high", "speedup", "agreeing", "differing"),
+    [
+        (400.0, 380.0, 420.0, 5.0, (410, 450), (421, 450)),
+        (400.0, None, 420.0, 5.0, (0, 10), (430, math.inf)),  # from below the first to 420
+        (400.0, 380.0, None, 5.0, (9000, math.inf), (0, 370)),
+        (None, None, None, 5.0, (0, 128), (129, 300)),  # below the first
+        (None, None, 150.0, 5.0, (140, 300), (151, 300)),
+        (None, None, None, 0.5, (4096, math.inf), (1000, 4095)),  # above the last
+        (None, 3000.0, None, 0.5, (3000, 3100), (1000, 2999)),
+    ],
+)
+def test_crossovers_agree_if_their_intervals_meet(
+    length: float | None,
+    low: float | None,
+    high: float | None,
+    speedup: float,
+    agreeing: tuple[float, float],
+    differing: tuple[float, float],
+) -> None:
+    stated = Crossover(
+        attention="hedgehog", work="prefill", dtype="float32", against="softmax", length=length, low=low, high=high,
+        first=128, last=4096, said="", speedup=speedup,
+    )  # fmt: skip
+    assert bench_goals.agrees(stated, *agreeing)
+    assert not bench_goals.agrees(stated, *differing)
 
-    def call(name: str) -> bench.Call:
-        return lambda: (order.append(name), work @ work @ work @ work)
 
-    samples = bench.interleaved({name: call(name) for name in names}, 3)
-    assert [len(samples[name]) for name in names] == [3, 3, 3]
-    turns = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
-    assert "".join(turns).endswith("abcbabc"[-len(turns) :])  # the second round goes backwards
+def test_what_the_compiled_form_does_not_serve_is_not_called_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = [(1e-7, ["native"]), (2e-7, ["blocks"])]
+    assert bench_goals.served(["blocks"])
+    assert bench_goals.worst_row("x", "x", seen).value == 2e-7
+    monkeypatch.setenv("HHBENCH_NATIVE", "1")
+    assert bench_goals.served(["native", "native backward"])
+    for ran in ([], ["blocks"], ["blocks", "native"]):
+        assert not bench_goals.served(ran)
+    row = bench_goals.worst_row("x", "x", seen)
+    assert (row.value, row.rounds, row.details["ran"]) == (1e-7, 1, ["native"])
+    row = bench_goals.worst_row("x", "x", seen[1:])
+    assert row.value is None
+    assert row.note.startswith("not served by the compiled form")
+
+
+def test_without_a_compiler_compiled_rows_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CC", "/bin/false")
+    monkeypatch.setenv("HHBENCH_CACHE", str(tmp_path))
+    picked = "forward-compiled,crossover-forward-compiled,decode-compiled,numerics-compiled"
+    rows = rows_of(run("bench_goals", "--max-length", "32", "--rounds", "1", "--rows", picked))
+    assert {
+        "forward-compiled",
+        "decode-1024-compiled",
+        "crossover-forward-compiled",
+        "error-outputs-compiled",
+    } <= rows.keys()
+    for row in rows.values():
+        assert (row.value, row.reached) == (None, None)
+        assert row.note.startswith("not served by the compiled form: no C compiler")
+
+
+def test_a_ratio_is_of_medians_within_rounds() -> None:
     row = bench.ratio_row("x", "x", {"a": [2.0, 4.0, 9.0], "b": [1.0, 2.0, 3.0]}, of="a", to="b")
     assert (row.value, row.rounds) == (2.0, 3)
     assert row.low == pytest.approx(2.0)
@@ -180,13 +237,13 @@ def test_goals_are_reached_in_their_direction_only() -> None:
 def test_the_truth_is_the_attention_in_float64() -> None:
     attention, inputs = bench.hedgehog().double(), [x.double() for x in bench.qkv(70)]
     truth, _ = bench_goals.exact(inputs, list(attention.parameters()))
-    assert bench_goals.distance(attention(*inputs, form="quadratic"), truth) < 1e-13
+    assert distance(attention(*inputs, form="quadratic"), truth) < 1e-13
     last, _ = bench_goals.exact((inputs[0][..., -9:, :], *inputs[1:]), list(attention.parameters()))
-    assert bench_goals.distance(last, truth[..., -9:, :]) < 1e-13
+    assert distance(last, truth[..., -9:, :]) < 1e-13
 
 
 def test_an_error_that_is_no_number_is_a_goal_missed() -> None:
-    row = bench_goals._errors("x", "x", [1e-7, math.nan])
+    row = bench_goals.worst_row("x", "x", [(1e-7, ["blocks"]), (math.nan, ["blocks"])])
     assert row.reached is False
     assert "NaN" in bench.table({**bench.record("x", [row], bench.Effort(1)), "rows": [asdict(row)]})
 

@@ -9,8 +9,8 @@ import torch
 from hhbench.attention import MixerShape, build_attention
 from hhbench.cli import main
 from hhbench.errors import UsageError
-from hhbench.profile import record
-from hhbench.profile.clock import Clock, device_of, inspect
+from hhbench.profile import clock, record
+from hhbench.profile.clock import Clock, Moment, device_of, inspect
 from hhbench.profile.correctness import complaint
 from hhbench.profile.measure import plan, profile
 from hhbench.profile.request import Request, labels_of, lengths_of
@@ -124,6 +124,44 @@ def test_the_clock_depends_on_the_threads():
     timed = Clock(cpu, 1).time(lambda: calls.append(torch.randn(100).sum()), 7)
     assert len(calls) == 7
     assert 0 < timed.seconds <= timed.wall * 1.01 + 1e-4
+
+
+def test_calls_take_turns():
+    order = []
+    work = torch.randn(256, 256)
+
+    def call(name):
+        return lambda: (order.append(name), work @ work @ work @ work)
+
+    samples = Clock(torch.device("cpu"), 1).interleaved({name: call(name) for name in "abc"}, 3)
+    assert {name: len(seconds) for name, seconds in samples.items()} == {"a": 3, "b": 3, "c": 3}
+    assert min(min(seconds) for seconds in samples.values()) > 0
+    turns = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
+    assert "".join(turns) == "abcabcbabc"  # after the warm-up; the second round goes backwards
+
+
+def test_slow_calls_are_in_few_rounds(monkeypatch):
+    monkeypatch.setattr(clock, "SLOW", 0.0)
+    calls = []
+    samples = Clock(torch.device("cpu"), 1).interleaved({"a": lambda: calls.append(torch.randn(9).sum())}, 5)
+    assert len(samples["a"]) == clock.ROUNDS_IF_SLOW
+    monkeypatch.setattr(clock, "SLOW", 2.0)
+    assert len(Clock(torch.device("cpu"), 1).interleaved({"a": lambda: None}, 5)["a"]) == 5
+
+
+def test_a_cold_sample_is_one_call():
+    calls = []
+    Clock(torch.device("cpu"), 1, cold=True).interleaved({"a": lambda: calls.append(1)}, 5)
+    assert len(calls) == 2 + 5  # two to warm up
+
+
+def test_seconds_between_moments_add_up():
+    start = Moment.now()
+    torch.randn(300, 300) @ torch.randn(300, 300)
+    took = Moment.now() - start
+    assert 0 < took.thread <= took.process + 1e-4
+    assert took.wall > 0
+    assert Moment() + took == took
 
 
 def test_a_call_is_watched():

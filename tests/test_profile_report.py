@@ -13,8 +13,9 @@ from hhbench import leaderboard
 from hhbench.errors import HHBenchError, UsageError
 from hhbench.profile import plots, record, report
 from hhbench.profile.against import compare
-from hhbench.profile.crossover import crossing, crossovers
-from hhbench.profile.record import Ceiling, Cell, Profile, percentiles
+from hhbench.profile.crossover import crossing, crossovers, ratios
+from hhbench.profile.record import Ceiling, Cell, Profile
+from hhbench.profile.rounds import interval, percentiles, resampled
 
 NOISE = (0.99, 1.0, 1.01, 1.0, 1.02)
 LENGTHS = (128, 256, 512, 1024, 2048)
@@ -82,6 +83,23 @@ def test_a_slow_round_that_both_saw_is_no_noise():
     slow = (1.0, 3.0, 1.0, 3.0, 1.0)
     (found,) = crossovers(linear(crossing=700, noise=slow), ["softmax"])
     assert found.low == pytest.approx(found.high) == pytest.approx(700)
+
+
+def test_only_rounds_that_both_were_in_are_compared():
+    ours = cell("elu", 128, 1e-3, noise=(1, 2, 3, 9, 9))
+    theirs = cell("softmax", 128, 1e-3, noise=(1, 1, 1))
+    assert ratios(ours, theirs) == pytest.approx([1, 2, 3])
+    apart = dataclasses.replace(theirs, rounds=[7, 8, 9])
+    assert ratios(ours, apart) == pytest.approx([3])  # the medians
+
+
+def test_rounds_drawn_anew():
+    """The median of three is the middle one unless the same side comes up twice: 7 in 27 each."""
+    draws = resampled([1.0, 2.0, 3.0], np.random.default_rng(0))
+    assert len(draws) == 1000
+    assert abs((draws == 1.0).mean() - 7 / 27) < 0.05
+    assert abs((draws == 3.0).mean() - 7 / 27) < 0.05
+    assert interval(np.array([*range(1, 40), np.inf])) == (2, 39)
 
 
 def test_a_crossover_outside_of_what_was_measured_is_said():

@@ -14,9 +14,9 @@ import numpy as np
 
 from hhbench.errors import HHBenchError, UsageError
 from hhbench.profile import record
-from hhbench.profile.crossover import DRAWS, Floats
 from hhbench.profile.record import Cell, Profile
 from hhbench.profile.request import SOFTMAX
+from hhbench.profile.rounds import resampled
 
 TOLERANCE: Final = 0.1
 CERTAINTY: Final = 0.01
@@ -102,13 +102,13 @@ def _change(cell: Cell, before: Cell, new: Profile, old: Profile) -> Change:
         gone = cell.status in (record.WRONG, record.NO_MEMORY, record.FAILED, record.UNSUPPORTED)
         return Change(cell, None, None, f"was measured, now {cell.status}: {cell.note}" if gone else "")
     random = np.random.default_rng(0)
-    grown = _resampled(cell.seconds, random) / _resampled(before.seconds, random)
-    measures = [grown * _resampled(_ceiling(old, cell), random) / _resampled(_ceiling(new, cell), random)]
+    grown = resampled(cell.seconds, random) / resampled(before.seconds, random)
+    measures = [grown * resampled(_ceiling(old, cell), random) / resampled(_ceiling(new, cell), random)]
     points = [_ratio(cell.seconds, before.seconds) * _ratio(_ceiling(old, cell), _ceiling(new, cell))]
     softmax = [profile.find(SOFTMAX, cell.work, cell.dtype, cell.length) for profile in (new, old)]
     if cell.attention != SOFTMAX and all(one is not None and one.measured for one in softmax):
         ours, theirs = (one.seconds for one in softmax if one is not None)
-        measures.append(grown * _resampled(theirs, random) / _resampled(ours, random))
+        measures.append(grown * resampled(theirs, random) / resampled(ours, random))
         points.append(_ratio(cell.seconds, before.seconds) * _ratio(theirs, ours))
     low = min(float(np.quantile(measure, CERTAINTY)) for measure in measures)
     why = f"{low - 1:.0%} slower at least" if low > 1 + TOLERANCE else ""
@@ -126,10 +126,3 @@ def _ceiling(profile: Profile, cell: Cell) -> list[float]:
 
 def _ratio(a: list[float], b: list[float]) -> float:
     return float(np.median(a) / np.median(b))
-
-
-def _resampled(seconds: list[float], random: np.random.Generator) -> Floats:
-    """Medians of resampled rounds, [draws]."""
-    values = np.array(seconds)
-    found: Floats = np.median(values[random.integers(len(values), size=(DRAWS, len(values)))], axis=1)
-    return found

@@ -1,10 +1,11 @@
 """What time, memory and work are read from, on the device that is profiled."""
 
 import gc
+import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ from hhbench.result import cpu_name
 
 _KERNEL: Final = re.compile(r"aten::_(scaled_dot_product_\w+)|(flash_attn\w*::\w+)")
 _MEMORY: Final = "[memory]"  # what torch's profiler calls an event of its allocator
+LEAST: Final = 0.005  # seconds of an interleaved sample: shorter calls are repeated within it
+SLOW, ROUNDS_IF_SLOW = 2.0, 3  # seconds; calls that take longer get only so many rounds
+FLUSHED: Final = 256 * 2**20  # bytes, more than a GPU's cache holds
 GEMM: Final = {"cpu": 1024, "cuda": 8192, "mps": 4096}  # rows of the square matrices that show the ceiling
 
 
@@ -67,16 +71,40 @@ def device_name(device: torch.device) -> str:
 
 
 @dataclass(frozen=True)
+class Moment:
+    """Seconds on the wall, and of CPU time of this thread and of the whole process; or those between two moments."""
+
+    wall: float = 0.0
+    thread: float = 0.0
+    process: float = 0.0
+
+    @staticmethod
+    def now() -> "Moment":
+        return Moment(time.perf_counter(), time.thread_time(), time.process_time())
+
+    def __sub__(self, other: "Moment") -> "Moment":
+        return Moment(self.wall - other.wall, self.thread - other.thread, self.process - other.process)
+
+    def __add__(self, other: "Moment") -> "Moment":
+        return Moment(self.wall + other.wall, self.thread + other.thread, self.process + other.process)
+
+
+@dataclass(frozen=True)
 class Clock:
     """Which time a call takes.
 
     On a GPU it is that between two events of its own stream. On a CPU with one thread it is the CPU time of that
     thread, which a busy machine doesn't stretch; with several threads their sum would hide who waits for whom, and
     it is the clock on the wall.
+
+    Attributes:
+        threads: of the CPU.
+        cold: a GPU's cache is flushed before each sample, and each sample is one call.
     """
 
     device: torch.device
     threads: int
+    cold: bool = False
 
     @property
     def name(self) -> str:
@@ -88,26 +116,54 @@ class Clock:
     def _counts_thread(self) -> bool:
         return self.device.type == "cpu" and self.threads == 1
 
-    def time(self, run: Callable[[], object], repeats: int) -> "Timed":
+    def time(self, run: Callable[[], object], repeats: int = 1) -> "Timed":
         """Call `run` so many times. Garbage is collected before, not meanwhile."""
         gc.collect(0)
         with _no_garbage_collection():
             self.synchronize()
             events = self._events()
-            wall, thread, process = time.perf_counter(), time.thread_time(), time.process_time()
+            start = Moment.now()
             if events:
+                if self.cold:
+                    torch.empty(FLUSHED, dtype=torch.uint8, device=self.device).zero_()
                 events[0].record()
             for _ in range(repeats):
                 run()
             if events:
                 events[1].record()
             self.synchronize()
-            wall, thread = time.perf_counter() - wall, time.thread_time() - thread
-            process = time.process_time() - process
-        seconds = events[0].elapsed_time(events[1]) / 1000 if events else thread if self._counts_thread else wall
+            took = Moment.now() - start
+        seconds = took.thread if self._counts_thread else took.wall
+        if events:
+            seconds = events[0].elapsed_time(events[1]) / 1000
         # More CPU time than this thread's own: the call has threads that this clock doesn't see.
-        hidden = self._counts_thread and process > 1.2 * thread + 1e-3
-        return Timed(seconds / repeats, wall / repeats, hidden)
+        hidden = self._counts_thread and took.process > 1.2 * took.thread + 1e-3
+        return Timed(seconds / repeats, took.wall / repeats, hidden)
+
+    def sample(self, run: Callable[[], object], repeats: int) -> "Timed":
+        """One round's time of a call. What another call left in the caches is not in it if it is repeated."""
+        if repeats > 1:
+            run()
+        return self.time(run, repeats)
+
+    def warm_up(self, run: Callable[[], object], below: float) -> "Timed":
+        """The time of a first call, or of a second if the first took less than so many seconds: a first is slower."""
+        timed = self.time(run)
+        return self.time(run) if timed.wall < below else timed
+
+    def interleaved(self, calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+        """Seconds of each call, one sample a round, after a warm-up. All take turns; every other round goes backwards.
+
+        A call that takes SLOW seconds has its samples in the first ROUNDS_IF_SLOW rounds.
+        """
+        usual = {name: self.warm_up(call, SLOW).seconds for name, call in calls.items()}
+        samples: dict[str, list[float]] = {name: [] for name in calls}
+        for number in range(rounds):
+            for name in list(calls)[:: -1 if number % 2 else 1]:
+                if usual[name] < SLOW or number < ROUNDS_IF_SLOW:
+                    repeats = 1 if self.cold else max(1, math.ceil(LEAST / max(usual[name], 1e-9)))
+                    samples[name].append(self.sample(calls[name], repeats).seconds)
+        return samples
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":

@@ -53,12 +53,18 @@ def complaint(
                 last = _decoded(module, [x.detach() for x in leaves], dtype)
             found.append(("decoded token", last, truth[..., -1:, :], BOUNDS[dtype]))
         for what, ours_, true_, bound in found:
-            distance = _distance(ours_, true_)
-            if not distance <= bound:  # not so for NaN either
-                return f"{what} is {distance:.1e} of the largest value from float64; at most {bound:.0e} is right", True
+            off = distance(ours_, true_)
+            if not off <= bound:  # not so for NaN either
+                return f"{what} is {off:.1e} of the largest value from float64; at most {bound:.0e} is right", True
     except Exception as error:
         return f"it fails on {LENGTH} tokens: {in_one_line(error)}", True
     return "", True
+
+
+def distance(found: Tensor, truth: Tensor) -> float:
+    """The largest error, as a part of the largest true value."""
+    found, truth = found.detach().double(), truth.detach().double()
+    return float((found - truth).abs().max() / truth.abs().max().clamp_min(1e-30))
 
 
 def _decoded(module: Any, inputs: list[Tensor], dtype: torch.dtype) -> Tensor:
@@ -71,11 +77,6 @@ def _decoded(module: Any, inputs: list[Tensor], dtype: torch.dtype) -> Tensor:
         return out
     first, *rest = inputs
     return module_call(module, [first[..., -1:, :], *rest] if rest else inputs, dtype)[..., -1:, :]
-
-
-def _distance(ours: Tensor, truth: Tensor) -> float:
-    ours, truth = ours.detach().double(), truth.detach()
-    return float((ours - truth).abs().max() / truth.abs().max().clamp_min(1e-30))
 
 
 def random_inputs(

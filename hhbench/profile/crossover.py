@@ -1,23 +1,18 @@
 """From which length on an attention is faster than the fastest softmax, and how sure that is."""
 
 from collections.abc import Mapping, Sequence
-from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hhbench.profile.record import Cell, Crossover
-
-DRAWS: Final = 1000
-CERTAINTY: Final = (0.025, 0.975)
-Floats = NDArray[np.float64]
+from hhbench.profile.rounds import Floats, interval, resampled
 
 
 def crossovers(cells: Sequence[Cell], softmaxes: Sequence[str]) -> list[Crossover]:
     """One for each attention, work and precision in which it and a softmax were measured at some length.
 
-    At each length the softmax with the smallest median counts. Between two lengths the ratio of the medians is taken
-    to be a power of the length. Rounds are drawn anew, the same ones for both, since both saw the same machine then.
+    At each length the softmax with the smallest median counts, and the median of the ratios within the rounds that
+    both were measured in: both saw the same machine then.
 
     Args:
         softmaxes: labels of those that are compared with.
@@ -38,25 +33,16 @@ def crossovers(cells: Sequence[Cell], softmaxes: Sequence[str]) -> list[Crossove
 
 
 def _crossover(label: str, work: str, dtype: str, both: Mapping[int, tuple[Cell, Cell]]) -> Crossover:
-    lengths = np.array(list(both), dtype=float)
-    medians = np.array([_p50(ours) / _p50(theirs) for ours, theirs in both.values()])
-    point = float(crossing(lengths, medians[None])[0])
-    random = np.random.default_rng(0)
-    draws = np.stack([ratios(ours, theirs, random) for ours, theirs in both.values()], axis=1)
-    low, high = (float(x) for x in np.quantile(crossing(lengths, draws), CERTAINTY, method="nearest"))
-    first, last = int(lengths[0]), int(lengths[-1])
+    lengths = list(both)
+    by_length = [ratios(ours, theirs) for ours, theirs in both.values()]
+    point, draws = estimate(lengths, by_length)
+    low, high = interval(draws)
+    first, last = lengths[0], lengths[-1]
     near = min(both, key=lambda n: abs(n - min(max(point, first), last)))
 
     def within(x: float) -> float | None:
         return x if first < x <= last else None
 
-    if point <= first:
-        said = f"below {first:,}" if high <= first else f"below {first:,} (up to {_shown(high, last)})"
-    elif point > last:
-        said = f"above {last:,}" if low > last else f"above {last:,} (from {_shown(low, last)})"
-    else:
-        lower = f"below {first:,}" if low <= first else _shown(low, last)
-        said = f"{point:,.0f} ({lower} to {_shown(high, last)})"
     return Crossover(
         attention=label,
         work=work,
@@ -67,15 +53,44 @@ def _crossover(label: str, work: str, dtype: str, both: Mapping[int, tuple[Cell,
         high=within(high),
         first=first,
         last=last,
-        said=said,
-        speedup=float(1 / medians[-1]),
+        said=in_words(point, low, high, first, last),
+        speedup=float(1 / np.median(by_length[-1])),
     )
 
 
-def crossing(lengths: Floats, ratios: Floats) -> Floats:
+def in_words(point: float, low: float, high: float, first: int, last: int) -> str:
+    """A crossover and its interval for a person: `382 (370 to 395)`, `below 256`, `above 8,192`."""
+
+    def shown(length: float) -> str:
+        return f"above {last:,}" if length > last else f"{length:,.0f}"
+
+    if point <= first:
+        return f"below {first:,}" if high <= first else f"below {first:,} (up to {shown(high)})"
+    if point > last:
+        return f"above {last:,}" if low > last else f"above {last:,} (from {shown(low)})"
+    lower = f"below {first:,}" if low <= first else shown(low)
+    return f"{point:,.0f} ({lower} to {shown(high)})"
+
+
+def estimate(lengths: Sequence[int], ratios: Sequence[Sequence[float]]) -> tuple[float, Floats]:
+    """Where the median of rounds' ratios falls below 1 for good, and where it does so in rounds drawn anew, [DRAWS].
+
+    0 stands for below the first length, infinity for above the last.
+
+    Args:
+        ratios: of the attention's time to softmax's: for each length, one for each round.
+    """
+    middle = np.array([[np.median(each) for each in ratios]])
+    # The same draws for each length: what slows a round down is no difference between two lengths.
+    draws = np.stack([resampled(each, np.random.default_rng(0)) for each in ratios], axis=1)
+    return float(crossing(lengths, middle)[0]), crossing(lengths, draws)
+
+
+def crossing(lengths: Sequence[float], ratios: Floats) -> Floats:
     """Where rows of ratios [R, lengths] fall below 1 for good: [R].
 
-    0 where they are below from the first length on, infinity where they are not below at the last.
+    Between two lengths the ratio is taken to be a power of the length. 0 where it is below from the first length on,
+    infinity where it is not below at the last.
     """
     logs = np.log(ratios)
     slower = logs >= 0
@@ -90,22 +105,13 @@ def crossing(lengths: Floats, ratios: Floats) -> Floats:
     return found
 
 
-def ratios(ours: Cell, theirs: Cell, random: np.random.Generator, *, draws: int = DRAWS) -> Floats:
-    """The ratio of two cells' medians in `draws` resamplings of the rounds that both were measured in, [draws]."""
-    by_round = [dict(zip(cell.rounds, cell.seconds, strict=True)) for cell in (ours, theirs)]
-    shared = sorted(by_round[0].keys() & by_round[1].keys())
-    if not shared:
-        return np.full(draws, _p50(ours) / _p50(theirs))
-    a, b = (np.array([own[number] for number in shared]) for own in by_round)
-    drawn = random.integers(len(shared), size=(draws, len(shared)))
-    result: Floats = np.median(a[drawn], axis=1) / np.median(b[drawn], axis=1)
-    return result
+def ratios(ours: Cell, theirs: Cell) -> list[float]:
+    """Of two cells' times in each round that both were measured in; of their medians if there is no such round."""
+    other = dict(zip(theirs.rounds, theirs.seconds, strict=True))
+    found = [own / other[n] for n, own in zip(ours.rounds, ours.seconds, strict=True) if n in other]
+    return found or [_p50(ours) / _p50(theirs)]
 
 
 def _p50(cell: Cell) -> float:
     assert cell.p50 is not None  # it was measured
     return cell.p50
-
-
-def _shown(length: float, last: int) -> str:
-    return f"above {last:,}" if length > last else f"{length:,.0f}"

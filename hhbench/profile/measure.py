@@ -35,8 +35,9 @@ from hhbench.profile.clock import (
     out_of_memory,
 )
 from hhbench.profile.crossover import crossovers
-from hhbench.profile.record import Ceiling, Cell, Profile, percentiles
+from hhbench.profile.record import Ceiling, Cell, Profile
 from hhbench.profile.request import SOFTMAX, Request
+from hhbench.profile.rounds import percentiles
 from hhbench.profile.subjects import BACKENDS, FIRST, PREFILL, WORKS, LayerSubject, Subject, Workload, is_softmax
 from hhbench.task import TASKS
 
@@ -248,9 +249,7 @@ class _Session:
             begun = time.perf_counter()
             run = work.prepare()
             made = time.perf_counter() - begun
-            timed = self.clock.time(run, 1)
-            if timed.wall < SAMPLE:  # the first call is slower than those that follow
-                timed = self.clock.time(run, 1)
+            timed = self.clock.warm_up(run, SAMPLE)
             del run
         except Exception as error:
             self._stumble(entry, track, error)
@@ -323,10 +322,7 @@ class _Session:
     def _sample(self, entry: _Entry, number: int) -> None:
         assert entry.workload is not None
         try:
-            run = entry.workload.prepare()
-            if entry.repeats > 1:
-                run()  # what the cell before left in the caches is not this one's
-            timed = self.clock.time(run, entry.repeats)
+            timed = self.clock.sample(entry.workload.prepare(), entry.repeats)
         except Exception as error:
             self._stumble(entry, None, error)
             return
@@ -338,7 +334,7 @@ class _Session:
     def _sample_ceilings(self) -> None:
         for _, run, seconds in self.ceilings.values():
             run()
-            seconds.append(self.clock.time(run, 1).seconds)
+            seconds.append(self.clock.time(run).seconds)
 
     # ---- the record --------------------------------------------------------------------------------------------
 

@@ -4,12 +4,10 @@ import dataclasses
 import json
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
-
-import numpy as np
 
 from hhbench.errors import HHBenchError
 from hhbench.result import Environment, checked, write
@@ -205,12 +203,6 @@ class Profile:
             if cell.measured and not any(c.dtype == cell.dtype and c.seconds for c in found.ceilings):
                 raise HHBenchError(f"it has no ceiling in {cell.dtype}, which {cell.place} was measured in")
         return found
-
-
-def percentiles(seconds: Sequence[float]) -> tuple[float, float, float]:
-    """The tenth, the median and the ninetieth."""
-    p10, p50, p90 = (float(value) for value in np.quantile(seconds, (0.1, 0.5, 0.9)))
-    return p10, p50, p90
 
 
 def place_below(out: Path, profile: Profile) -> Path:
