@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from hhbench import native
-from hhbench.attention import FeatureMap, MixerShape, identity_weight, register_attention
+from hhbench.attention import FeatureMap, MixerShape, identity_weight, project, register_attention
 from hhbench.errors import UsageError
 from hhbench.kernels import ran
-from hhbench.linear_attention import FLOOR
+from hhbench.linear_attention import FLOOR, LinearState, Sums
+from hhbench.native.step import hedgehog_step
 
 MANY = 2**14  # elements from which it pays to look at them first
 SAFE = 80.0  # no exponential of less, and no sum of them, overflows
@@ -22,6 +23,8 @@ def _two_softmaxes(y: Tensor, out: Tensor | None = None) -> tuple[Tensor, bool]:
 
     On a CPU half the exponentials do: exp(-y) is 1 / exp(y), where neither overflows. A few tokens take one softmax.
     """
+    if out is None and y.numel() < MANY:
+        return torch.cat([y, -y], dim=-1).view(*y.shape[:-1], 2, y.shape[-1]).softmax(-1).clamp_min_(FLOOR), True
     out = y.new_empty(*y.shape[:-1], 2, y.shape[-1]) if out is None else out
     halves = y.device.type == "cpu" and y.numel() >= MANY
     largest = max(map(abs, map(float, torch.aminmax(y)))) if halves else math.inf
@@ -153,9 +156,26 @@ class Hedgehog(FeatureMap):
         )
         return out
 
+    def map_token(
+        self, key_map: FeatureMap, q: Tensor, k: Tensor, *, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        assert isinstance(key_map, Hedgehog)
+        heads = [q.shape[1], k.shape[1]]
+        both, scale = self._activated(torch.cat([self._projected(q), key_map._projected(k)], dim=1))
+        queries, keys = both.split_with_sizes(heads, dim=1)
+        return queries, keys, None if scale is None else scale[:, heads[0] :]
+
+    def fused_step(
+        self, key_map: FeatureMap, q: Tensor, k: Tensor, v: Tensor, state: LinearState
+    ) -> tuple[Tensor, Sums] | None:
+        assert isinstance(key_map, Hedgehog)
+        if not q.is_cpu or not native.wanted() or self.activation != "softmax" or not self.negation:
+            return None
+        return hedgehog_step(q, k, v, self.weight, key_map.weight, self.bias, key_map.bias, state=state)
+
     def _projected(self, x: Tensor) -> Tensor:
-        y = x @ self.weight.to(x.dtype)
-        return y if self.bias is None else y + self.bias.to(x.dtype)
+        y, bias = project(x, self.weight), self.bias
+        return y if bias is None else y + bias.to(x.dtype)
 
     def flops(self, num_tokens: int) -> int:
         """The product with W."""
@@ -163,7 +183,10 @@ class Hedgehog(FeatureMap):
 
     def _features(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Features, and their log scales where they are exponentials."""
-        y = self._projected(x)
+        return self._activated(self._projected(x))
+
+    def _activated(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of projected queries or keys, each row for itself."""
         if self.activation == "softmax":
             if self.negation and torch.is_grad_enabled():
                 return _TwoSoftmaxes.apply(y), None

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hhbench.attention import FeatureMap, MixerShape, identity_weight, register_attention
+from hhbench.attention import FeatureMap, MixerShape, identity_weight, project, register_attention
 from hhbench.errors import UsageError
 
 
@@ -42,7 +42,7 @@ class T2R(FeatureMap):
                 nn.init.uniform_(parameter, -(shape.head_dim**-0.5), shape.head_dim**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x @ self.weight.to(x.dtype)
+        y = project(x, self.weight)
         return (y if self.bias is None else y + self.bias.to(x.dtype)).relu()
 
     def flops(self, num_tokens: int) -> int:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hhbench.attention import FeatureMap, MixerShape, register_attention
+from hhbench.attention import FeatureMap, MixerShape, project, register_attention
 from hhbench.errors import UsageError
 
 
@@ -87,7 +87,7 @@ class Taylor(FeatureMap):
         self.feature_dim = 1 + width + width * (width + 1) // 2
 
     def forward(self, x: Tensor) -> Tensor:
-        y = (x if self.weight is None else x @ self.weight.to(x.dtype)) * self.scale**0.5
+        y = (x if self.weight is None else project(x, self.weight)) * self.scale**0.5
         features: Tensor = _Monomials.apply(y)
         return features
 

@@ -3,6 +3,11 @@
 import signal
 import sys
 
+import hhbench
+
+if hhbench.__file__ is None:  # a folder of that name, such as a clone's, lies where this was started, and came first
+    del sys.path[0], sys.modules["hhbench"]
+
 from hhbench.cli import main
 from hhbench.stopping import SIGNALS
 

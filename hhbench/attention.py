@@ -44,11 +44,13 @@ from hhbench.linear_attention import (
     quadratic,
     quadratic_scores,
     recurrent,
+    step,
 )
 from hhbench.registry import Registry, source_hash
 from hhbench.window import num_pairs
 
 Direction = Literal["causal", "bidirectional"]
+NOTHING = contextlib.nullcontext()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +149,15 @@ class FeatureMap(nn.Module):
         del x, out
         return False
 
+    def map_token(
+        self, key_map: "FeatureMap", q: Tensor, k: Tensor, *, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What `map_queries` makes of q and `key_map.map_keys` of k, for one token that is decoded.
+
+        For a map that can do both in fewer operations: so little is computed that their number is the time.
+        """
+        return self.map_queries(q, positions=positions), *key_map.map_keys(k, positions=positions, key_mask=None)
+
     def fused(
         self, key_map: "FeatureMap", q: Tensor, k: Tensor, v: Tensor, *, causal: bool, key_mask: Tensor | None
     ) -> Tensor | None:
@@ -155,6 +166,17 @@ class FeatureMap(nn.Module):
         None, the default, where there is none for these tensors; positions must not matter to it.
         """
         del key_map, q, k, v, causal, key_mask
+        return None
+
+    def fused_step(
+        self, key_map: "FeatureMap", q: Tensor, k: Tensor, v: Tensor, state: LinearState
+    ) -> tuple[Tensor, Sums] | None:
+        """One token after a state, by a kernel of the map's own: the output [B, H, 1, E] and the sums after the token.
+
+        None, the default, where there is none for these tensors; positions must not matter to it. The state stays as
+        it is.
+        """
+        del key_map, q, k, v, state
         return None
 
     def flops(self, num_tokens: int) -> int:
@@ -304,6 +326,18 @@ class SequenceMixer(nn.Module, ABC):
         return None
 
 
+def project(x: Tensor, weight: Tensor) -> Tensor:
+    """x W, [B, H, N, F], of x [B, H, N, D] and W [H, D, F], or [1, D, F] for all heads, in x's type."""
+    weight = weight if weight.dtype == x.dtype else weight.to(x.dtype)
+    B, H, N, _ = x.shape
+    if N != 1 or weight.shape[0] != H:
+        return x @ weight
+    if B == 1:
+        return torch.bmm(x.squeeze(0), weight).unsqueeze(0)
+    # A token of each sequence: the product above would copy W for each of them.
+    return torch.bmm(x.squeeze(2).transpose(0, 1), weight).transpose(0, 1).unsqueeze(2)
+
+
 def identity_weight(num_heads: int, head_dim: int, width: int) -> Tensor:
     """Weights [H, D, width] that start a learned map at the identity.
 
@@ -319,16 +353,17 @@ def identity_weight(num_heads: int, head_dim: int, width: int) -> Tensor:
 
 def check_inputs(shape: MixerShape, q: Tensor, k: Tensor, v: Tensor | None, key_mask: Tensor | None) -> None:
     """Refuse tensors that don't fit the shape, with the shapes in the message."""
-    if q.ndim != 4 or q.shape[1] != shape.num_heads or q.shape[3] != shape.head_dim:
-        raise UsageError(f"q must be [B, {shape.num_heads}, N, {shape.head_dim}], not {list(q.shape)}")
-    B = q.shape[0]
-    if k.ndim != 4 or k.shape[:2] != (B, shape.num_kv_heads) or k.shape[3] != shape.head_dim:
-        raise UsageError(f"k must be [{B}, {shape.num_kv_heads}, N, {shape.head_dim}], not {list(k.shape)}")
-    num_keys = k.shape[2]
-    if q.shape[2] > num_keys:
-        raise UsageError(f"{q.shape[2]} queries for {num_keys} keys: queries are the last of the keys' tokens")
-    if v is not None and (v.ndim != 4 or v.shape[:3] != k.shape[:3]):
-        raise UsageError(f"v must be {list(k.shape[:3])} and any width, not {list(v.shape)}")
+    of_q, of_k, H, G, D = q.shape, k.shape, shape.num_heads, shape.num_kv_heads, shape.head_dim
+    if len(of_q) != 4 or of_q[1] != H or of_q[3] != D:
+        raise UsageError(f"q must be [B, {H}, N, {D}], not {list(of_q)}")
+    B = of_q[0]
+    if len(of_k) != 4 or of_k[0] != B or of_k[1] != G or of_k[3] != D:
+        raise UsageError(f"k must be [{B}, {G}, N, {D}], not {list(of_k)}")
+    num_keys = of_k[2]
+    if of_q[2] > num_keys:
+        raise UsageError(f"{of_q[2]} queries for {num_keys} keys: queries are the last of the keys' tokens")
+    if v is not None and (v.ndim != 4 or v.shape[:3] != of_k[:3]):
+        raise UsageError(f"v must be {list(of_k[:3])} and any width, not {list(v.shape)}")
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (B, num_keys)):
         raise UsageError(
             f"key_mask must be bool [{B}, {num_keys}], True = attend, not {key_mask.dtype} {list(key_mask.shape)}"
@@ -371,7 +406,7 @@ def sum_dtype(x: Tensor) -> torch.dtype:
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Sums and features keep their type within it."""
     if not torch.is_autocast_enabled(device.type):
-        return contextlib.nullcontext()
+        return NOTHING
     return torch.autocast(device.type, enabled=False)
 
 
@@ -472,6 +507,14 @@ class LinearAttention(Attention):
         if state is not None or return_state:
             refuse_state_unless_causal(self.shape)
         with without_autocast(q.device):
+            if (
+                state is not None
+                and key_mask is None
+                and q.shape[2] == k.shape[2] == 1
+                and form in ("auto", "recurrent")
+            ):
+                out, state = self._step(q, k, v, positions, state)
+                return (out, state) if return_state else out
             if form == "auto" and state is None and not return_state and 1 < q.shape[2] == k.shape[2]:
                 whole = self.query_map.fused(self.key_map, q, k, v, causal=self.shape.causal, key_mask=key_mask)
                 if whole is not None:
@@ -573,6 +616,35 @@ class LinearAttention(Attention):
             self._count_floored(features, key_mask)
         return torch.clamp_min(features, FLOOR, out=out if out is not None and out.shape == features.shape else None)
 
+    def _step(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None, state: LinearState
+    ) -> tuple[Tensor, LinearState]:
+        """The output for one attended token and the state after it, in as few operations as it takes.
+
+        Their number is the time of decoding: so little is computed in each.
+        """
+        query_map, key_map, dtype, wide = self.query_map, self.key_map, q.dtype, sum_dtype(q)
+        if self.training:
+            query_map.begin_pass()
+        found = query_map.fused_step(key_map, q, k, v, state)
+        if found is None:
+            ran("recurrent")
+            if positions is None:
+                positions = state.num_attended[:, None]
+            if not dtype == k.dtype == v.dtype == wide:
+                q, k, v = q.to(wide), k.to(wide), v.to(wide)
+            if k.shape[1] != state.keys.shape[1]:
+                k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+            queries, features, log_scale = query_map.map_token(key_map, q, k, positions=positions)
+            if not query_map.signed and not query_map.floored:
+                both = self._floored(torch.cat([queries, features], dim=1), None, None)
+                queries, features = both.split_with_sizes([queries.shape[1], features.shape[1]], dim=1)
+            sums = Sums(state.values, state.keys, state.log_max)
+            found = step(queries, Keys(features, v, log_scale), sums, may_be_blind=query_map.signed)
+        out, sums = found
+        after = LinearState(sums.values, sums.keys, sums.log_max, state.num_attended + 1)
+        return out if out.dtype == dtype else out.to(dtype), after
+
     def _sum(
         self,
         q: Tensor,
@@ -615,8 +687,7 @@ class LinearAttention(Attention):
         sums = self._grouped(sums)
         if by_token:
             ran("recurrent")
-            blind = key_mask is not None or self.query_map.signed
-            out, sums = recurrent(queries, keys, sums, may_be_blind=blind)
+            out, sums = recurrent(queries, keys, sums)
         else:
             if form == "quadratic" and (sums is None or not causal):
                 ran("quadratic")

@@ -5,6 +5,7 @@ or of mappings, makes an axis of them.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from hhbench.config import RunConfig, option_value, split_label
 from hhbench.errors import HHBenchError, UsageError, unknown_name
 from hhbench.leaderboard import counted
-from hhbench.result import Result, find, key_of, safe_name
+from hhbench.result import FILE_NAME, Result, key_of, load, safe_name
 
 if TYPE_CHECKING:
     from hhbench.runner import Plan
@@ -123,15 +124,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(parser, leave_out=LEFT_OUT)
 
 
-def trials_of(args: argparse.Namespace) -> list[Trial]:
-    """The runs of a grid's flags. What is left out is said, and why."""
-    grid = grid_of(args)
+def trials_of(args: argparse.Namespace, *, elsewhere: bool = False) -> list[Trial]:
+    """The runs of a grid's flags. What is left out is said, and why. See `product`."""
+    grid = grid_of(args, elsewhere=elsewhere)
     for left_out in grid.left_out:
         log.warning("%s", left_out.line())
     return list(grid.trials)
 
 
-def grid_of(args: argparse.Namespace) -> Grid:
+def grid_of(args: argparse.Namespace, *, elsewhere: bool = False) -> Grid:
     """The grid of the flags of `add_arguments`, those of the command line over the file's. See `product`."""
     from hhbench.commands.settings import settings_in, settings_of
 
@@ -151,10 +152,11 @@ def grid_of(args: argparse.Namespace) -> Grid:
     for kind, label in _named({name: value for name, value in in_file.items() if name not in flags}):
         _look_up(kind, label, allow_code=bool(args.allow_code))
     options = _options(in_file) | _options(flags)
-    return product(_without_options(in_file) | _without_options(flags) | ({"option": options} if options else {}))
+    settings = _without_options(in_file) | _without_options(flags) | ({"option": options} if options else {})
+    return product(settings, elsewhere=elsewhere)
 
 
-def product(settings: Mapping[str, Any]) -> Grid:
+def product(settings: Mapping[str, Any], *, elsewhere: bool = False) -> Grid:
     """Every combination of settings, checked; a combination that can't be is left out.
 
     >>> product({"task": "recall", "attn": ["hedgehog", "t2r"], "seed": range(3), "option": {"activation": "exp"}})
@@ -162,6 +164,7 @@ def product(settings: Mapping[str, Any]) -> Grid:
     Args:
         settings: of RunConfig, a list for each that has several values. `task` and `attn` may be "all", an attention
             may be written with its options, `seed` may be "0:3".
+        elsewhere: see `hhbench.runner.prepare`.
 
     Raises:
         UsageError: a name or a value that nothing has, or nothing is left.
@@ -177,8 +180,9 @@ def product(settings: Mapping[str, Any]) -> Grid:
         chosen = dict(zip(axes, combination, strict=True))
         for config in _configs(chosen):
             values = [(name, repr(value)) for name, value in chosen.items()]
+            varied = [f"{name}={chosen[name]}" for name in further if not name.startswith(OPTION)]
             try:
-                trial = _trial(config, [f"{name}={chosen[name]}" for name in further if not name.startswith(OPTION)])
+                trial = _trial(config, varied, elsewhere=elsewhere)
             except UsageError as error:
                 refused.setdefault(str(error), []).append(config)
                 reasons |= {value: error for value in values if value not in reasons}
@@ -217,23 +221,6 @@ def seeds_of(text: str) -> list[int]:
     return list(seeds)
 
 
-def results_of(trials: Sequence[Trial]) -> dict[str, Result]:
-    """The results that are there, by trial's name. Nothing is loaded for it: settings, attention and task are compared.
-
-    What reads files of the user's, keeps its model or is forced has to find out by itself whether it is done.
-    """
-    found: dict[str, Result] = {}
-    for out in {trial.config.out for trial in trials if trial.config.out.is_dir()}:
-        for result in find(out)[0]:
-            found[key_of(_known_before_loading(result))] = result
-    named = ((trial, found.get(key_of(trial.identity))) for trial in trials)
-    return {
-        trial.name: result
-        for trial, result in named
-        if result and not (trial.own_files or trial.config.save_model or trial.config.force)
-    }
-
-
 def teachers_of(trials: Sequence[Trial]) -> list[Trial]:
     """For each teacher that two or more trials share and that isn't trained yet, the trial that trains it, to be run
     with --teacher-only before them. What one trial alone needs, it trains by itself.
@@ -253,7 +240,7 @@ def teachers_of(trials: Sequence[Trial]) -> list[Trial]:
 
 
 class Earlier:
-    """The results and the teachers below a folder, as a guide to trials that are still to run.
+    """The results and the teachers below a folder: which trials are done, and a guide to those that are still to run.
 
     A result that is like a trial by "seeds" differs from it in nothing else; by "attention", in what an attention and
     its recipe bring along too; by "size" it has the same task, model and length at least.
@@ -261,12 +248,33 @@ class Earlier:
 
     def __init__(self, out: Path) -> None:
         self._results: defaultdict[str, list[Result]] = defaultdict(list)
-        for one in find(out)[0] if out.is_dir() else []:
+        self._done: dict[str, Result] = {}
+        self._files: dict[str, Path] = {}
+        for path, one in _results_below(out):
+            self._files[one.key] = path
+            self._done[key_of(_known_before_loading(one))] = one
             for key in _likeness_keys(one.identity["settings"]).values():
                 self._results[key].append(one)
         self._teachers: defaultdict[str, list[float]] = defaultdict(list)
         for identity, seconds in _teachers_below(out):
             self._teachers[_likeness_keys(identity["settings"])["size"]].append(seconds)
+
+    def done(self, trials: Iterable[Trial]) -> dict[str, Result]:
+        """The results that are there, by trial's name. Nothing is loaded for it: settings, attention and task are
+        compared.
+
+        What reads files of the user's, keeps its model or is forced has to find out by itself whether it is done.
+        """
+        named = ((trial, self._done.get(key_of(trial.identity))) for trial in trials)
+        return {
+            trial.name: result
+            for trial, result in named
+            if result and not (trial.own_files or trial.config.save_model or trial.config.force)
+        }
+
+    def file(self, result: Result) -> Path:
+        """Where one of the results lies."""
+        return self._files[result.key]
 
     def like(self, trial: Trial, likeness: Likeness) -> Sequence[Result]:
         """The results that are so like a trial."""
@@ -423,10 +431,10 @@ def _configs(chosen: Mapping[str, Any]) -> Iterator[RunConfig]:
     yield from expand(RunConfig.from_dict(settings | {"attn": name, "option": options}))
 
 
-def _trial(config: RunConfig, varied: Sequence[str]) -> Trial:
+def _trial(config: RunConfig, varied: Sequence[str], *, elsewhere: bool) -> Trial:
     from hhbench.runner import prepare
 
-    plan = prepare(config)
+    plan = prepare(config, elsewhere=elsewhere)
     c, place = plan.config, _place(plan)
     recipe = [f"({c.recipe})"] if c.recipe else []
     title = " ".join(["/".join(place), plan.label, *recipe, *varied, f"s{c.seed}"])
@@ -498,6 +506,13 @@ def _teachers_below(out: Path) -> Iterable[tuple[dict[str, Any], float]]:
             )
         except (HHBenchError, KeyError, TypeError, ValueError, AttributeError):
             continue  # not one, or damaged: the run that needs it says so
+
+
+def _results_below(out: Path) -> Iterator[tuple[Path, Result]]:
+    """The whole results below a folder, in the order of their paths; none where there is no folder."""
+    for path in sorted(out.rglob(f"*{FILE_NAME}")):
+        with contextlib.suppress(HHBenchError):
+            yield path, load(path)
 
 
 def _likeness_keys(settings: Mapping[str, Any]) -> dict[Likeness, str]:

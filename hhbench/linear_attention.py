@@ -66,19 +66,17 @@ class Sums:
 
     def add(self, keys: Keys) -> "Sums":
         """The sums after these keys."""
-        if keys.log_scale is None:
-            if keys.features.shape[-2] == 1:  # a token that is decoded: one pass over the sums, no product of matrices
-                values = torch.addcmul(self.values, keys.features.mT, keys.values)
-                return Sums(values, self.keys + keys.features.squeeze(-2), self.log_max)
-            return Sums(self.values + keys.features.mT @ keys.values, self.keys + keys.features.sum(-2), self.log_max)
-        log_max = torch.maximum(self.log_max, keys.log_scale.amax(-1)).detach()
-        kept = (self.log_max - finite(log_max)).exp()
-        features = keys.features * (keys.log_scale - finite(log_max)[..., None]).exp()[..., None]
-        return Sums(
-            self.values * kept[..., None, None] + features.mT @ keys.values,
-            self.keys * kept[..., None] + features.sum(-2),
-            log_max,
-        )
+        before, features = self, keys.features
+        if keys.log_scale is not None:
+            log_max = torch.maximum(self.log_max, keys.log_scale.amax(-1)).detach()
+            top = finite(log_max)
+            kept = (self.log_max - top).exp()[..., None]
+            before = Sums(self.values * kept[..., None], self.keys * kept, log_max)
+            features = features * (keys.log_scale - top[..., None]).exp()[..., None]
+        if features.shape[-2] == 1:  # a token that is decoded: one pass over the sums, no product of matrices
+            values = torch.addcmul(before.values, features.mT, keys.values)
+            return Sums(values, before.keys + features.squeeze(-2), before.log_max)
+        return Sums(before.values + features.mT @ keys.values, before.keys + features.sum(-2), before.log_max)
 
 
 def finite(log_max: Tensor) -> Tensor:
@@ -170,16 +168,9 @@ def _chunk_by_chunk(queries: Tensor, keys: Keys, sums: Sums | None, chunk_size: 
     return torch.cat(outputs, dim=-2)
 
 
-def recurrent(queries: Tensor, keys: Keys, sums: Sums | None, *, may_be_blind: bool = True) -> tuple[Tensor, Sums]:
-    """The causal sum one token at a time, as decoding does it, and the sums after the last token.
-
-    Args:
-        may_be_blind: whether a query may have no key to attend to.
-    """
+def recurrent(queries: Tensor, keys: Keys, sums: Sums | None) -> tuple[Tensor, Sums]:
+    """The causal sum one token at a time, as decoding does it, and the sums after the last token."""
     sums = sums or empty_sums(keys)
-    if queries.shape[-2] == 1 and not may_be_blind:  # each operation that is saved counts
-        sums = sums.add(keys)
-        return (queries @ sums.values) / (queries @ sums.keys[..., None]), sums
     outputs = []
     for i in range(queries.shape[-2]):
         token = slice(i, i + 1)
@@ -187,6 +178,24 @@ def recurrent(queries: Tensor, keys: Keys, sums: Sums | None, *, may_be_blind: b
         q = queries[..., token, :]
         outputs.append(divide(q @ sums.values, (q @ sums.keys[..., None]).squeeze(-1)))
     return torch.cat(outputs, dim=-2), sums
+
+
+def step(queries: Tensor, token: Keys, sums: Sums, *, may_be_blind: bool) -> tuple[Tensor, Sums]:
+    """One token after others, in as few operations as it takes: `recurrent` without leading dimensions of any number.
+
+    Args:
+        queries: [B, H, 1, F].
+        token: its key, [B, G, 1, .]; H / G queries each see one.
+        sums: [B, G, ...].
+        may_be_blind: whether a query may have no key to attend to.
+    """
+    sums = sums.add(token)
+    B, G, F, E = sums.values.shape
+    rows = queries.reshape(B * G, -1, F)
+    numerator = torch.bmm(rows, sums.values.reshape(B * G, F, E))
+    denominator = torch.bmm(rows, sums.keys.reshape(B * G, F, 1))
+    out = divide(numerator, denominator.squeeze(-1)) if may_be_blind else numerator / denominator
+    return out.view(B, -1, 1, E), sums
 
 
 def bidirectional(queries: Tensor, keys: Keys) -> Tensor:

@@ -12,6 +12,8 @@ import logging
 import os
 import re
 import shutil
+import socket
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,9 @@ from hhbench.pretrained import source as source_of
 
 MANIFEST = "hhbench.json"  # written last: where it is, all is there
 SCHEMA = 2
+SECONDS_TO_WRITE = 3600  # a folder; what is older and nobody's was left behind
+
+_MACHINE = socket.gethostname()
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -475,7 +480,7 @@ def _load_timm(recipe: TimmRecipe, entries: list[Entry], folder: Path) -> nn.Mod
 @contextlib.contextmanager
 def _written_aside(folder: Path) -> Iterator[Path]:
     """A new folder that takes the place of this one once it is complete."""
-    new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
+    new, old = (folder.with_name(f".{folder.name}.{_MACHINE}.{os.getpid()}.{kind}") for kind in ("new", "old"))
     try:
         new.mkdir(parents=True)
         yield new
@@ -487,6 +492,8 @@ def _written_aside(folder: Path) -> Iterator[Path]:
             if old.exists():
                 old.rename(folder)
             raise
+        with contextlib.suppress(OSError):
+            _clear_leftovers(folder)
     except HHBenchError:
         raise
     except Exception as error:  # safetensors and tokenizers have their own for a full disk
@@ -494,6 +501,27 @@ def _written_aside(folder: Path) -> Iterator[Path]:
     finally:
         for leftover in (new, old):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _clear_leftovers(folder: Path) -> None:
+    """Delete what was written aside for this folder by processes of this machine that were killed over it. One may live
+    where this process can't see it, in another container of the same name: what is young stays.
+    """
+    name = re.compile(rf"\.{re.escape(folder.name)}\.{re.escape(_MACHINE)}\.(\d{{1,9}})\.(new|old)")
+    for path in folder.parent.iterdir():
+        found = name.fullmatch(path.name)
+        if found and not _lives(int(found[1])) and time.time() - path.lstat().st_mtime > SECONDS_TO_WRITE:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is somebody else's
+        pass
+    return True
 
 
 @contextlib.contextmanager

@@ -120,17 +120,22 @@ def first_host(nodes: str) -> str:
 
 
 def requeue() -> bool:
-    """Have Slurm start this job again, from rank 0; whether it will. The others wait until it is asked for: a step
-    whose tasks leave early would be ended before that.
+    """Have Slurm start this job again, from rank 0, unless it is ending it; whether it will. The others wait until it
+    is asked for: a step whose tasks leave early would be ended before that.
     """
     if launched().by != "Slurm":
         return False
     asked = False
     if rank() == 0:
-        done = subprocess.run(
-            ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], capture_output=True, text=True, check=False
-        )
-        asked = done.returncode == 0
+        env = os.environ
+        job = env["SLURM_JOB_ID"]
+        if "SLURM_ARRAY_TASK_ID" in env:  # the id of an array's last task is that of the whole array too
+            job = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+        # What is cancelled, or out of time, is no longer running in Slurm's books when its signal comes.
+        state = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True, check=False)
+        if state.stdout.strip() == "RUNNING":
+            done = subprocess.run(["scontrol", "requeue", job], capture_output=True, check=False)
+            asked = done.returncode == 0
     return bool(summed_over_ranks(float(asked)))
 
 

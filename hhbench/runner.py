@@ -15,7 +15,7 @@ import logging
 import os
 import resource
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -30,9 +30,10 @@ import torch
 from filelock import FileLock, Timeout
 from torch import nn
 
-from hhbench import checkpoints, fidelity, hosts, models, result, stopping
+from hhbench import checkpoints, data, fidelity, hosts, models, result, stopping
 from hhbench.attention import ATTENTIONS, AttentionSpec, Direction, probe
 from hhbench.config import RECIPES, RunConfig, split_label
+from hhbench.data import PackageFile
 from hhbench.errors import HHBenchError, UsageError, in_one_line, unknown_name
 from hhbench.layer_choice import keep_worst
 from hhbench.lora import LoraSettings, inject, merge, need_peft
@@ -57,6 +58,8 @@ log = logging.getLogger("hhbench")
 # KL and entropies are measured on so much of the validation split, at most.
 FIDELITY_EXAMPLES = 128
 FIDELITY_TOKENS = 128 * 128
+
+ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps")
 
 SECONDS_TO_CLAIM = 1.0  # between two looks at what another process does
 
@@ -132,6 +135,11 @@ class Plan:
         return settings
 
     @property
+    def files(self) -> tuple[PackageFile, ...]:
+        """Every pinned file that it needs, weights included."""
+        return self.task.files(self.config)
+
+    @property
     def teacher_settings(self) -> dict[str, Any] | None:
         """What its teacher depends on: plans that agree in it share one. None without a teacher to train."""
         trained = self.config.regime == "finetuned-conversion"
@@ -196,8 +204,11 @@ class Plan:
         return chosen
 
 
-def prepare(config: RunConfig) -> Plan:
+def prepare(config: RunConfig, *, elsewhere: bool = False) -> Plan:
     """Check a config and fill its blanks.
+
+    Args:
+        elsewhere: it is to run on another machine: this one needn't have its devices.
 
     Raises:
         UsageError: a name, an option or a combination that can't be; before anything is fetched or trained.
@@ -241,7 +252,9 @@ def prepare(config: RunConfig) -> Plan:
     blank = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) is None]
     if missing := set(blank) - OPTIONAL:
         raise HHBenchError(f"the {config.preset} preset of {task.name} leaves {', '.join(sorted(missing))} blank")
-    _check_machine(config)
+    _check_settings(config)
+    if not elsewhere:
+        _check_devices(config)
     plan = Plan(given, config, task, spec)
     if config.tune and not (plan.trains and config.epochs):
         raise UsageError("--tune needs a stage that trains: this recipe has none, or --epochs is 0")
@@ -256,6 +269,16 @@ def prepare(config: RunConfig) -> Plan:
     return plan
 
 
+def fetch(plans: Iterable[Plan]) -> None:
+    """Have every file that plans need, before the first of them trains.
+
+    Raises:
+        DataError: one can't be had.
+    """
+    for file in dict.fromkeys(file for plan in plans for file in plan.files):
+        data.fetch(file)
+
+
 def with_window(config: RunConfig) -> RunConfig:
     """`--window 64` folded into the attention: hedgehog becomes hedgehog-window[window=64]."""
     if config.window is None:
@@ -268,20 +291,20 @@ def with_window(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, attn=windowed[name], option=option, window=None)
 
 
-def _check_machine(config: RunConfig) -> None:
-    check_batch_size(config)
+def _check_devices(config: RunConfig) -> None:
     name, count = config.accelerator, config.devices
-    available = {
-        "cuda": torch.cuda.device_count(),
-        "gpu": torch.cuda.device_count() or int(torch.backends.mps.is_available()),
-    }
-    available["mps"] = int(torch.backends.mps.is_available())
-    if name not in ("auto", "cpu", *available):
-        raise unknown_name("accelerator", name, ("auto", "cpu", *available))
+    gpus, mps = torch.cuda.device_count(), int(torch.backends.mps.is_available())
+    available = {"cuda": gpus, "gpu": gpus or mps, "mps": mps}
     if name in available and available[name] < count:
         raise UsageError(f"--accelerator {name} --devices {count}: this machine has {available[name]} of them")
-    if name == "auto" and 0 < torch.cuda.device_count() < count:
-        raise UsageError(f"--devices {count}: this machine has {torch.cuda.device_count()} GPUs; add --accelerator cpu")
+    if name == "auto" and 0 < gpus < count:
+        raise UsageError(f"--devices {count}: this machine has {gpus} GPUs; add --accelerator cpu")
+
+
+def _check_settings(config: RunConfig) -> None:
+    check_batch_size(config)
+    if config.accelerator not in ACCELERATORS:
+        raise unknown_name("accelerator", config.accelerator, ACCELERATORS)
     if config.logger not in ("none", "csv") and find_spec(config.logger) is None:
         raise UsageError(f"--logger {config.logger} needs the package {config.logger}: pip install {config.logger}")
     there = next(folder for folder in (config.out.absolute(), *config.out.absolute().parents) if folder.exists())

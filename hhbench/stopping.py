@@ -1,6 +1,7 @@
 """Being told to stop: a cluster's signal is noted, and heeded where all ranks can save a checkpoint together.
 
-SIGUSR1 says that the job's time is nearly over: it is to start again. SIGTERM says to end. Neither interrupts a step.
+No signal interrupts a step. Slurm's jobs are asked to start again unless Slurm is ending them: SIGUSR1 comes when the
+time is nearly over or another job wants the nodes, and SIGTERM does where a cluster sends no signal of the job's own.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from hhbench.ranks import largest_over_ranks, requeue
 CODE: Final = 75  # exit code: stopped, run it again. BSD's sysexits call it a temporary failure.
 SIGNALS: Final = (signal.SIGUSR1, signal.SIGTERM)
 # What ranks can want at the end of a step. The largest over ranks is what all do.
-NOTHING, SAVE, END, AGAIN = range(4)
+NOTHING, SAVE, END = range(3)
 
 _received: set[int] = set()
 
@@ -60,8 +61,8 @@ def heeding() -> Iterator[None]:
 
 
 def noted() -> int:
-    """What this process was told: AGAIN, END or NOTHING."""
-    return AGAIN if signal.SIGUSR1 in _received else END if signal.SIGTERM in _received else NOTHING
+    """What this process was told: END or NOTHING."""
+    return END if _received else NOTHING
 
 
 def stop(told: float, where: str) -> None:
@@ -72,11 +73,11 @@ def stop(told: float, where: str) -> None:
         where: what is kept, for the message.
 
     Raises:
-        Stopped: it was; asked to start again, Slurm has been told to.
+        Stopped: it was. Slurm has been told to start the job again, unless it is ending it.
     """
     if told >= END:
         _received.clear()
-        again = told == AGAIN and requeue()
+        again = requeue()
         raise Stopped(f"stopped by a signal {where}" + ("; Slurm starts it again" if again else ""), again=again)
 
 

@@ -11,20 +11,18 @@ A trial's checkpoints and its result lie below OUT, in the folder of its key, as
 submission, a sweep or a run has done is done.
 """
 
-import contextlib
 import dataclasses
 import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Final, Literal, TypedDict
 
 from hhbench import slurm, torchrun
 from hhbench.errors import HHBenchError, UsageError, unknown_name
-from hhbench.grid import Earlier, Trial
+from hhbench.grid import Earlier, Trial, teachers_of
 from hhbench.leaderboard import counted
 from hhbench.result import Result, checked, load, write
 
@@ -90,6 +88,7 @@ class Draft:
         trials: all of the grid's.
         done: the results that are there already, by trial's name.
         teachers: to be trained before the trials.
+        earlier: what lies below the same folder.
         on_gpus: whether the trials ask for GPUs, where the cluster has some.
     """
 
@@ -97,6 +96,7 @@ class Draft:
     trials: Sequence[Trial]
     done: Mapping[str, Result]
     teachers: Sequence[Trial]
+    earlier: Earlier
     workdir: Path
     on_gpus: bool
 
@@ -162,10 +162,9 @@ class Draft:
             for trials, teacher in ((self.trials, False), (self.teachers, True)):
                 for i, trial in enumerate(trials):
                     self.submission.config(i, teacher=teacher).write_text(trial.config.as_yaml(), encoding="utf-8")
-            paths = _paths(self.trials[0].config.out) if self.done else {}
             for i, trial in enumerate(self.trials):
                 if trial.name in self.done:
-                    self.submission.told(i).write_text(str(paths[self.done[trial.name].key]))
+                    self.submission.told(i).write_text(str(self.earlier.file(self.done[trial.name])))
             for name, text in scripts.items():
                 (folder / name).write_text(text, encoding="utf-8")
         except OSError as error:
@@ -204,7 +203,7 @@ class Draft:
 
     def _estimate(self) -> str:
         """Device-hours, by earlier results that differ in nothing but their seeds."""
-        expected = [self._earlier.device_seconds(self.trials[i], ["seeds"]) for i in self.missing]
+        expected = [self.earlier.device_seconds(self.trials[i], ["seeds"]) for i in self.missing]
         known = [seconds for seconds in expected if seconds is not None]
         if not known:
             return "no earlier result with the same settings to go by"
@@ -212,7 +211,7 @@ class Draft:
 
     def _memory(self) -> str:
         """The largest peak among earlier results of the same tasks, models and lengths."""
-        alike = [self._earlier.like(self.trials[i], "size") for i in self.missing]
+        alike = [self.earlier.like(self.trials[i], "size") for i in self.missing]
         results = {one.key: one for each in alike for one in each}
         if not results:
             return "not known: no earlier result with the same task, model and length"
@@ -226,21 +225,13 @@ class Draft:
             + (f"; {lacking} of {len(alike)} trials have none" if lacking else "")
         )
 
-    @cached_property
-    def _earlier(self) -> Earlier:
-        return Earlier(self.trials[0].config.out)
 
-
-def draft(
-    trials: Sequence[Trial],
-    done: Mapping[str, Result],
-    teachers: Sequence[Trial],
-    *,
-    on: str,
-    workdir: Path,
-) -> Draft:
-    """A submission of these trials, with a folder of its own that nothing is in yet."""
+def draft(trials: Sequence[Trial], *, on: str, workdir: Path) -> Draft:
+    """A submission of these trials, all with the same folder for results; its own has nothing in it yet."""
     config = trials[0].config
+    earlier = Earlier(config.out.absolute())
+    done = earlier.done(trials)
+    teachers = teachers_of([trial for trial in trials if trial.name not in done])
     now = datetime.now(UTC)
     name = f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
     record = Record(
@@ -257,6 +248,7 @@ def draft(
         [_with_absolute_out(trial) for trial in trials],
         done,
         [_with_absolute_out(trial) for trial in teachers],
+        earlier,
         workdir,
         on_gpus=config.accelerator not in ("cpu", "mps"),
     )
@@ -264,15 +256,6 @@ def draft(
 
 def _with_absolute_out(trial: Trial) -> Trial:
     return dataclasses.replace(trial, config=dataclasses.replace(trial.config, out=trial.config.out.absolute()))
-
-
-def _paths(out: Path) -> dict[str, Path]:
-    """The files of the results below a folder, by key."""
-    found = {}
-    for path in sorted(out.rglob("*result.json")):
-        with contextlib.suppress(HHBenchError):
-            found[load(path).key] = path
-    return found
 
 
 def _number(index: int) -> str:

@@ -26,12 +26,14 @@ from typing import Final, Literal
 
 from filelock import FileLock, Timeout
 
-from hhbench import data, result, stopping
+from hhbench import result, stopping
+from hhbench.data import PackageFile
 from hhbench.errors import HHBenchError, UsageError
-from hhbench.grid import Earlier, Trial, results_of, teachers_of
+from hhbench.grid import Earlier, Trial, teachers_of
 from hhbench.leaderboard import counted
 from hhbench.ranks import launched
 from hhbench.result import Result
+from hhbench.runner import fetch
 
 log = logging.getLogger("hhbench")
 
@@ -119,10 +121,10 @@ class Agenda:
             raise UsageError(f"a sweep is one process, and {launched().by} started {launched().world}")
         if parallel is not None and parallel < 1:
             raise UsageError(f"--parallel must be at least 1, not {parallel}")
-        done = results_of(trials)
+        devices, earlier = trials[0].config.devices, Earlier(trials[0].config.out)
+        done = earlier.done(trials)
         pending = [trial for trial in trials if trial.name not in done]
         teachers = teachers_of(pending)
-        devices, earlier = trials[0].config.devices, Earlier(trials[0].config.out)
         by_name = {trial.name: earlier.teacher_seconds(trial) for trial in teachers}
         for trial in pending:
             spent = earlier.device_seconds(trial)
@@ -320,7 +322,8 @@ class _Workers:
                 run.note = "another sweep has it in hand"
                 self._next_claim[run] = now + SECONDS_BETWEEN_CLAIMS
                 continue
-            if run in self._next_claim and not run.teaches and (found := results_of([run.trial])):
+            waited = run in self._next_claim and not run.teaches
+            if waited and (found := Earlier(run.trial.config.out).done([run.trial])):
                 claim.release()
                 self._done(run, found[run.trial.name])
                 continue
@@ -429,16 +432,17 @@ def _reason(run: Run, code: int, failed: Path) -> str:
 
 def _fetch(runs: Sequence[Run]) -> None:
     """What a later run lacks is said before the first one trains; the others need not wait for it."""
-    failed: dict[str, str] = {}
+    failed: dict[tuple[PackageFile, ...], str] = {}  # why, or an empty text, by the files that a run needs
     for run in runs:
-        for file in run.trial.plan.task.files(run.trial.plan.config):
-            if file.name not in failed:
-                try:
-                    data.fetch(file)
-                except HHBenchError as error:
-                    failed[file.name] = str(error)
-            if file.name in failed:
-                run.become("failed", failed[file.name])
+        files = run.trial.plan.files
+        if files not in failed:
+            try:
+                fetch([run.trial.plan])
+                failed[files] = ""
+            except HHBenchError as error:
+                failed[files] = str(error)
+        if failed[files]:
+            run.become("failed", failed[files])
 
 
 # ---- what a machine has ----------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ NODES = ("node1", "node2")
 NEEDED = ("munged", "munge", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo")
 
 # cred_expire=5: a requeued job may start again after that, in place of two minutes.
+# KillWait=15, of 30 by default: from SIGTERM to SIGKILL. Processes that are still starting need it.
 # preempt_send_user_signal: a job that is preempted is sent its own --signal, and has GraceTime to save.
 CONFIGURATION = """\
 ClusterName=hhbench
@@ -56,7 +57,7 @@ ReturnToService=2
 MpiDefault=none
 SwitchType=switch/none
 JobRequeue=1
-KillWait=5
+KillWait=15
 OverTimeLimit=0
 MinJobAge=600
 SlurmdTimeout=10
@@ -218,7 +219,7 @@ class Cluster:
     def stop(self) -> None:
         """Cancel every job, and end the processes that were started here, by their ids."""
         if "slurmctld" in self.daemons:
-            with contextlib.suppress(subprocess.SubprocessError):
+            with contextlib.suppress(subprocess.SubprocessError, TimeoutError):
                 self.run("scancel", "--user=root", check=False, timeout=10)
                 if all(self.daemons[node].poll() is None for node in NODES):
                     until("the jobs are gone", lambda: not self.run("squeue", "-h", timeout=10).stdout, 20)

@@ -22,6 +22,7 @@ from hhbench.attention import (
     LinearAttention,
     build_attention,
     check_inputs,
+    project,
     repeat_heads,
     token_positions,
     visible_keys,
@@ -245,6 +246,19 @@ def test_visible_keys_are_past_and_attended():
     assert see(None, True, 2) == [[1, 1, 0], [1, 1, 1]]
     assert see(mask, False, 2) == [[0, 1, 1], [0, 1, 1]]
     assert see(mask, True, 3) == [[0, 0, 0], [0, 1, 0], [0, 1, 1]]
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("N", [0, 1, 4])
+@pytest.mark.parametrize("B", [1, 2])
+def test_project_is_the_product_of_each_head(B, N, heads):
+    x = torch.randn(B, 3, N, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(heads, 5, 2, requires_grad=True)
+    found, expected = project(x, weight), torch.einsum("bhnd,hdf->bhnf", x, weight.double().expand(3, 5, 2))
+    torch.testing.assert_close(found, expected)
+    given = torch.randn_like(found)
+    for a, b in zip(*(torch.autograd.grad(y, (x, weight), given) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_check_inputs_takes_values_of_any_width(make_shape):

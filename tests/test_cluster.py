@@ -88,3 +88,12 @@ def test_what_devices_can_not_share_is_refused(flags, tmp_path):
     code, _, err = finish("--attn", "elu", "--out", tmp_path, *flags)
     assert code == 2
     assert "can't be divided over 2 devices" in err or "add --devices 2 or more" in err
+
+
+def test_several_machines_need_a_launcher(tmp_path):
+    code, _, err = finish("--attn", "elu", "--num-nodes", 2, "--out", tmp_path / "runs")
+    assert code == 2
+    assert err.splitlines()[-1] == (
+        "hhbench: --num-nodes needs a launcher: torchrun on each machine, srun, or hhbench submit"
+    )
+    assert not list(tmp_path.iterdir())

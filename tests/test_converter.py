@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -377,11 +378,37 @@ def test_an_interrupted_conversion_ends_where_an_undisturbed_one_does(convert, t
     assert not list((tmp_path / "runs").rglob("*.ckpt"))
 
 
-def process(home: Path, *arguments: object, preexec_fn=None) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "hhbench", "convert", *map(str, arguments)]
+def process(home: Path, *arguments: object, launcher: Sequence[str] = (), preexec_fn=None) -> subprocess.Popen[str]:
+    command = [sys.executable, *launcher, "-m", "hhbench", "convert", *map(str, arguments)]
     return subprocess.Popen(
         command, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=preexec_fn
     )
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [(), TORCHRUN], ids=["started by itself", "started by torchrun"])
+def test_two_devices_make_the_model_that_one_makes(launcher, convert, home, tmp_path):
+    command = ("llama", "--attn", "hedgehog", "--data", "text.txt", "--accelerator", "cpu")
+    one, alone = check_done(convert(*command, "--to", tmp_path / "alone"))
+    places = ("--out", tmp_path / "shared", "--to", tmp_path / "model")
+    with process(home, *command, *TINY, "--devices", 2, *places, launcher=launcher) as running:
+        out, err = running.communicate(timeout=400)
+    two, folder = check_done((running.returncode, out, err))
+    assert (one.environment["world_size"], two.environment["world_size"]) == (1, 2)
+    assert two.key == one.key
+    assert err.count("lm / text.txt with hedgehog") == 1  # one of the processes speaks
+    assert two.score.value == pytest.approx(one.score.value, rel=1e-3)
+    before, after = (load_file(path / "model.safetensors") for path in (alone, folder))
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=1e-3, atol=1e-4)
+    start = load_file(home / "llama" / "model.safetensors")
+    trained = [name for name in start if name in after and not torch.equal(after[name], start[name])]
+    assert trained  # finetuned, not only taught
+    assert folder == tmp_path / "model"
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to another process")

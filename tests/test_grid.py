@@ -13,8 +13,8 @@ from hhbench import grid
 from hhbench.attention import ATTENTIONS
 from hhbench.config import RunConfig
 from hhbench.errors import UsageError
-from hhbench.grid import Earlier, product, results_of, seeds_of, teachers_of
-from hhbench.runner import run, train_teacher
+from hhbench.grid import Earlier, product, seeds_of, teachers_of
+from hhbench.runner import execute, run, train_teacher
 
 AR = {"task": "recall", "dataset": "ar"}
 TINY = AR | {
@@ -101,6 +101,18 @@ def test_settings_that_are_lists_themselves_need_a_list_of_lists():
 
 
 # --- what can't be ---
+
+
+def test_devices_that_this_machine_lacks_are_for_another_one():
+    settings = TINY | {"attn": "elu", "accelerator": "cuda", "devices": 512, "batch_size": 512}
+    with pytest.raises(UsageError, match="this machine has"):
+        product(settings)
+    (there,) = product(settings, elsewhere=True).trials
+    (here,) = product(settings | {"accelerator": "cpu"}).trials
+    assert (there.config.accelerator, there.config.devices) == ("cuda", 512)
+    assert there.name == here.name
+    with pytest.raises(UsageError, match="Did you mean 'cuda'"):
+        product(settings | {"accelerator": "cdua"}, elsewhere=True)
 
 
 def test_an_attention_that_does_not_serve_a_direction_is_left_out_by_name(tmp_path):
@@ -300,14 +312,17 @@ def test_any_other_text_is_refused_in_one_line(text):
 
 
 def test_a_result_is_found_by_its_settings_and_by_nothing_less():
-    run(RunConfig.from_dict(TINY | {"attn": "elu"}))
+    made, file = execute(RunConfig.from_dict(TINY | {"attn": "elu"}))
     same = product(TINY | {"attn": ["elu", "relu"], "seed": [0, 1]})
-    found = results_of(same.trials)
+    earlier = Earlier(Path("runs"))
+    found = earlier.done(same.trials)
     (done,) = (trial for trial in same.trials if trial.config.attn == "elu" and trial.config.seed == 0)
     assert list(found) == [done.name]
-    assert found[done.name].identity["settings"] == done.plan.settings
-    for change in ({"lr": 0.5}, {"save_model": True}, {"force": True}, {"out": "elsewhere"}):
-        assert not results_of(product(TINY | {"attn": "elu"} | change).trials), change
+    assert found[done.name] == made
+    assert earlier.file(made) == file
+    for change in ({"lr": 0.5}, {"save_model": True}, {"force": True}):
+        assert not earlier.done(product(TINY | {"attn": "elu"} | change).trials), change
+    assert not Earlier(Path("elsewhere")).done(same.trials)
 
 
 def test_earlier_results_tell_how_long_a_trial_takes_the_nearest_first():
@@ -334,8 +349,8 @@ def test_a_result_of_a_users_file_counts_for_its_content_alone(tmp_path):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "mine.py").write_text(content)
     run(RunConfig.from_dict(TINY | {"attn": "first/mine.py:Mine"}))
-    assert len(results_of(product(TINY | {"attn": "copy/mine.py:Mine"}).trials)) == 1
-    assert not results_of(product(TINY | {"attn": "changed/mine.py:Mine"}).trials)
+    assert len(Earlier(Path("runs")).done(product(TINY | {"attn": "copy/mine.py:Mine"}).trials)) == 1
+    assert not Earlier(Path("runs")).done(product(TINY | {"attn": "changed/mine.py:Mine"}).trials)
 
 
 def test_data_of_the_users_may_have_changed_so_their_result_is_not_taken_for_granted(tmp_path):

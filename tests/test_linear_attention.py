@@ -321,6 +321,61 @@ def test_a_prompt_in_pieces_is_the_whole(make_map, share_kv_heads, seed, pieces,
     assert torch.equal(state.num_attended, attended)
 
 
+@pytest.mark.parametrize("share_kv_heads", [False, True], ids=["", "shared"])
+@pytest.mark.parametrize("B", [1, 2])
+@pytest.mark.parametrize("make_map", [Relu, Plain, Scaled, Positioned])
+def test_a_token_after_a_state_is_any_token(make_map, B, share_kv_heads):
+    """What decodes one token, outputs and gradients, against what takes tokens of any number, masked ones too."""
+    drawn = Setting(make_map, 0, B=B, G=2, group=2, N=9, D=3, E=2, share_kv_heads=share_kv_heads)
+    attended = torch.ones(B, 1, dtype=torch.bool)
+    fast, slow, found, expected = None, None, [], []
+    for i in range(9):
+        token = [x[:, :, i : i + 1] for x in drawn.inputs]
+        out, fast = drawn.module(*token, state=fast, return_state=True)
+        found.append(out)
+        out, slow = drawn.module(*token, key_mask=attended, state=slow, return_state=True)
+        expected.append(out)
+    drawn.assert_equal(torch.cat(found, 2), torch.cat(expected, 2))
+    for name in ("values", "keys", "log_max", "num_attended"):
+        torch.testing.assert_close(getattr(fast, name), getattr(slow, name))
+    last = [x[:, :, 8:] for x in drawn.inputs]
+    assert torch.equal(drawn.module(*last, state=slow), drawn.module(*last, state=slow, return_state=True)[0])
+
+
+@pytest.mark.parametrize("share_kv_heads", [False, True], ids=["", "shared"])
+@pytest.mark.parametrize("make_map", [Relu, Plain, Scaled])
+def test_a_state_is_a_value(make_map, share_kv_heads, make_shape):
+    """Who keeps a state may go on from it again, whatever became of it since: beam search, a prompt that is shared."""
+    shape = make_shape(num_heads=4, num_kv_heads=2)
+    module = LinearAttention(shape, make_map, share_kv_heads=share_kv_heads).eval()
+    prompt, token, other = (
+        [torch.randn(2, 4, n, 4), torch.randn(2, 2, n, 4), torch.randn(2, 2, n, 3)] for n in (5, 1, 1)
+    )
+    with torch.inference_mode():
+        _, state = module(*prompt, return_state=True)
+        before = [x.clone() for x in (state.values, state.keys, state.log_max, state.num_attended)]
+        first, after = module(*token, state=state, return_state=True)
+        module(*other, state=after, return_state=True)
+        again, after_again = module(*token, state=state, return_state=True)
+    for x, y in zip((state.values, state.keys, state.log_max, state.num_attended), before, strict=True):
+        assert torch.equal(x, y)
+    assert torch.equal(first, again)
+    assert torch.equal(after.values, after_again.values) and torch.equal(after.keys, after_again.keys)
+
+
+def test_a_token_without_keys_for_it_gets_zeros(make_shape):
+    class Blind(FeatureMap):
+        signed = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 0
+
+    module = LinearAttention(make_shape(), Blind)
+    x = torch.randn(1, 2, 4, 4)
+    _, state = module(x, x, x, return_state=True)
+    assert (module(*(x[:, :, :1],) * 3, state=state) == 0).all()
+
+
 @pytest.mark.parametrize("make_map", [Scaled, Positioned])
 def test_fewer_queries_than_keys_continue_a_state(make_map):
     """A piece whose first keys have no queries: what a cache of tokens hands over."""
@@ -508,6 +563,11 @@ def test_floored_rows_are_the_planted_ones(make_shape):
     assert module.floored_rows == 2 + 2 * 2
     module(q, k, k)
     assert module.floored_rows == (2 + 2 * 2) + (3 + 3 * 2)
+    module.floored_rows.zero_()
+    _, state = module(q[:, :, :3], k[:, :, :3], k[:, :, :3], return_state=True)
+    assert module.floored_rows == 1 + (1 + 1) * 2
+    module(q[:, :, 3:4], k[:, :, 3:4], k[:, :, 3:4], state=state)  # one of its own
+    assert module.floored_rows == (1 + (1 + 1) * 2) + 1
     module.floored_rows.zero_()
     module(q[:, :, 8:], k, k, key_mask=key_mask)
     assert module.floored_rows == 1 + 2 * 2

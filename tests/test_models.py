@@ -2,8 +2,11 @@
 
 import json
 import logging
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -224,6 +227,28 @@ def test_a_full_disk_leaves_what_was_there(host, tmp_path):
     assert said.count("\n") == 1
     assert torch.equal(answer(models.load(tmp_path / "model")), answer(model))
     assert names(tmp_path) == {"model"}
+
+
+def test_what_killed_processes_left_aside_is_cleared(tmp_path):
+    folder = tmp_path / "my [model]"
+    code = (
+        "import os, signal, sys\nfrom pathlib import Path\nfrom hhbench import models\n"
+        "with models._written_aside(Path(sys.argv[1])) as aside:\n"
+        "    (aside / 'half').write_text('of it')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    # Two that were killed, the first of them long ago; and of a process that has been at work for long.
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", code, str(folder)], check=False).returncode == -signal.SIGKILL
+    first, second = sorted(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime)
+    machine = first.name.split(".", 2)[2].rsplit(".", 2)[0]
+    working = tmp_path / f".{folder.name}.{machine}.{os.getppid()}.new"
+    working.mkdir()
+    long_ago = time.time() - 2 * models.SECONDS_TO_WRITE
+    for path in (first, working):
+        os.utime(path, (long_ago, long_ago))
+    saved(folder)
+    assert set(tmp_path.iterdir()) == {folder, second, working}
+    models.load(folder)
 
 
 def test_a_full_disk_leaves_no_half_folder(tmp_path):

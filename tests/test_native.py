@@ -274,6 +274,22 @@ def test_what_padding_holds_does_not_matter(compiler, make_shape):
     assert native_ran and torch.equal(out, again)
 
 
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_no_number_is_not_hidden(compiler, make_shape, which, value):
+    attention, inputs = hedgehog(make_shape, B=1, H=2, N=200, D=16, E=16)
+    at = "qkv".index(which)
+    inputs[at][:, 0, 100, 3] = value
+    out, native_ran = ran_native(attention, inputs)
+    spoilt = slice(100, 101) if which == "q" else slice(100, None)
+    assert native_ran and out.isfinite()[:, 1].all()
+    assert (
+        which == "v" or out.isfinite()[:, 0, :100].all()
+    )  # a value is multiplied by 0 for earlier queries of its tile
+    columns = slice(3, 4) if which == "v" else slice(None)
+    assert not out[:, 0, spoilt, columns].isfinite().any()
+
+
 @pytest.mark.parametrize("factor", [7.0, 50.0])
 def test_gradients_of_large_logits(compiler, make_shape, factor):
     attention, inputs = hedgehog(make_shape, B=1, H=2, N=300, D=64, E=64, factor=factor**0.5)

@@ -28,6 +28,18 @@ def test_what_is_installed_here(tmp_path: Path) -> None:
     assert len(out.split()) == 2
 
 
+def test_beside_a_folder_of_the_same_name(tmp_path: Path) -> None:
+    """Where a clone lies, `python -m` finds the clone's folder before what is installed from it."""
+    (tmp_path / "hhbench" / "tasks").mkdir(parents=True)
+    (tmp_path / "mine.py").write_text(
+        "from hhbench.attention import FeatureMap\n\n\nclass Mine(FeatureMap):\n    pass\n"
+    )
+    command = [sys.executable, "-m", "hhbench", "show", "mine.py:Mine"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("mine.py:Mine: Mine, a FeatureMap")
+
+
 @pytest.mark.network  # the build fetches setuptools
 def test_a_wheel(tmp_path: Path) -> None:
     source = tmp_path / "source"  # building writes beside the sources

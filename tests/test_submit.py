@@ -68,11 +68,15 @@ def test_the_plan_says_what_it_costs_and_writes_nothing(call, done):
 
 
 def test_a_gpu_of_another_machine_may_be_asked_for(call):
-    code, out, _ = call(
-        "submit", "--on", "slurm", "--plan", *TINY, "--attn", "elu", "--accelerator", "cuda", "--devices", "4"
-    )
+    Path("cluster.yaml").write_text("gpus: any\n")
+    Path("run.yaml").write_text("accelerator: cuda\ndevices: 4\n")
+    flags = [flag for flag in TINY if flag not in ("--accelerator", "cpu")]
+    asked = ["submit", "--on", "slurm", "--plan", "--cluster", "cluster.yaml", *flags, "--attn", "elu"]
+    code, out, _ = call(*asked, "--config", "run.yaml")
     assert code == 0
     assert "#SBATCH --ntasks-per-node=4\n" in out
+    assert "#SBATCH --gpus-per-node=4\n" in out
+    assert "--gpus-per-node" not in call(*asked, "--accelerator", "cpu")[1]
     code, _, err = call("submit", "--on", "slurm", "--plan", *TINY, "--attn", "elu", "--accelerator", "cdua")
     assert code == 2
     assert "Did you mean 'cuda'?" in err
@@ -113,6 +117,17 @@ def test_a_trial_is_the_run_that_was_asked_for(call):
     assert values["num_nodes"] == 2
     assert (values["clip"], values["checkpoint_minutes"]) == (0, 0)
     assert values["out"] == str(Path("runs").absolute())
+
+
+def test_what_is_done_already_is_collected_with_the_rest(call, done):
+    code, out, _ = call(
+        "submit", "--on", "torchrun", *TINY, "--attn", "relu,elu", "--num-nodes", "2", "--hosts", "a,b", "--out", done,
+    )  # fmt: skip
+    assert code == 0
+    assert "2 trials: 1 done already, 1 to run" in out
+    trials = submit.progress(submit.find_submission(done, None))
+    assert [trial.word for trial in trials] == ["pending", "done"]
+    assert [trials[1].result] == result.find(done)[0]
 
 
 # ---- torchrun --------------------------------------------------------------------------------------------------

@@ -127,6 +127,16 @@ def test_the_rest_of_a_grid_goes_on_when_a_run_fails(call, monkeypatch):
     assert results() == before
 
 
+def test_a_run_whose_data_can_not_be_had_fails_by_itself(call):
+    """Offline, with nothing cached: what needs a file fails before anything starts, for that file alone."""
+    code, out, err = call("--task", "glue", "--dataset", "movie-reviews,snli", "--model", "minilm", "--attn", "elu")
+    assert code == 1
+    assert "2 of 2 failed" in out
+    assert out.count("is missing in") == 2
+    assert {"movie-reviews", "snli"} <= set(out.replace("/", " ").split())
+    assert started(err) == []
+
+
 @pytest.mark.slow
 def test_a_shared_teacher_is_trained_first_and_its_failure_stops_only_those_that_need_it(call):
     code, out, err = call(

@@ -3,7 +3,7 @@
 import argparse
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hhbench.commands.settings import add_settings, settings_of
 from hhbench.commands.shown import calm_libraries, print_table
@@ -46,32 +46,38 @@ def call(args: argparse.Namespace) -> int:
     values = settings_of(args)
     if not values.get("attn"):
         raise UsageError("--attn is needed; hhbench list attentions shows them")
-    from hhbench import converter, data
-    from hhbench.runner import execute, prepare
     from hhbench.stopping import heeding
+
+    with heeding():  # before anything heavy is imported: a cluster's signal may come then
+        return _convert(args, values)
+
+
+def _convert(args: argparse.Namespace, values: dict[str, Any]) -> int:
+    from hhbench import converter, ranks
+    from hhbench.runner import execute, fetch, prepare
 
     calm_libraries()
     given = {"dataset": args.data, "model_folder": args.to, "resume": True}
     config = converter.config_of(
         args.model, values | {name: value for name, value in given.items() if value is not None}
     )
+    ranks.connect(config)
+    if ranks.rank() > 0:
+        log.setLevel(logging.ERROR)
     plan = prepare(config)
     for line in plan.lines():
         log.info("%s", line)
     log.info("  kept in: %s", config.model_folder)
-    for file in plan.task.files(plan.config):
-        data.fetch(file)
+    fetch([plan])
     if args.dry_run:
         model = plan.task.build_model(plan.config, plan.task.load_data(plan.config))
         for line in plan.conversion(model).lines():
             log.info("%s", line)
         log.info("dry run: nothing done")
         return 0
-    with heeding():
+    with ranks.one_line_for_lost_ranks():
         made, path = execute(config)
-    from hhbench.ranks import rank
-
-    if rank() == 0:
+    if ranks.rank() == 0:
         _print_conversion(made)
         print(f"result: {path}")
         print(f"model: {config.model_folder}")

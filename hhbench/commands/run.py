@@ -67,8 +67,7 @@ def _run(args: argparse.Namespace, told: Path | None) -> int:
     from hhbench import ranks
 
     ranks.connect(configs[0])
-    from hhbench import data
-    from hhbench.runner import execute, expand, prepare, train_teacher
+    from hhbench.runner import execute, expand, fetch, prepare, train_teacher
 
     if ranks.rank() > 0:
         log.setLevel(logging.ERROR)
@@ -80,9 +79,7 @@ def _run(args: argparse.Namespace, told: Path | None) -> int:
     if args.dry_run:
         log.info("dry run: %d run%s planned, nothing done", len(plans), "" if len(plans) == 1 else "s")
         return 0
-    for plan in plans:  # what a later run lacks is said before the first one trains
-        for file in plan.task.files(plan.config):
-            data.fetch(file)
+    fetch(plans)
     if args.teacher_only:
         with ranks.one_line_for_lost_ranks():
             teachers = {train_teacher(plan.given) for plan in plans} - {None}

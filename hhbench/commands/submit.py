@@ -1,22 +1,18 @@
 """hhbench submit: a run or a grid of runs as jobs of a cluster."""
 
 import argparse
-import dataclasses
 import logging
 import shlex
 import shutil
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from hhbench import grid
-from hhbench.commands.settings import settings_in
 from hhbench.commands.shown import calm_libraries
-from hhbench.errors import HHBenchError, UsageError, unknown_name
+from hhbench.errors import HHBenchError, UsageError
 
 if TYPE_CHECKING:
-    from hhbench.grid import Trial
     from hhbench.submit import Draft
 
 log = logging.getLogger("hhbench")
@@ -29,7 +25,6 @@ EXAMPLES = """examples:
   hhbench submit --on torchrun --task recall --attn hedgehog --devices 2    on this machine, until it is done
   hhbench submit --on torchrun --task lm --attn elu --devices 8 --num-nodes 2 --hosts gpu1,gpu2
   hhbench status; hhbench collect --to results                             how far it is; what came of it"""
-ACCELERATORS: Final = ("auto", "cpu", "cuda", "gpu", "mps")
 FOR_SLURM: Final = ("partition", "account", "time", "throttle", "signal")
 
 
@@ -52,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def call(args: argparse.Namespace) -> int:
     from hhbench import slurm, torchrun
+    from hhbench.runner import fetch
 
     given = {name: getattr(args, name) for name in FOR_SLURM if getattr(args, name) is not None}
     if args.on == "slurm":
@@ -83,7 +79,7 @@ def call(args: argparse.Namespace) -> int:
         return 0
     if args.on == "slurm":
         slurm.check(profile, nodes=record.nodes, largest_index=max(draft.missing))
-    _fetch(draft.trials)
+    fetch(trial.plan for trial in draft.trials)  # machines that compute often have no network
     draft.write(scripts)
     if args.on == "slurm":
         _send(draft, list(scripts))
@@ -100,36 +96,9 @@ def call(args: argparse.Namespace) -> int:
 
 
 def _draft(args: argparse.Namespace) -> "Draft":
-    """The grid as it is to run elsewhere: this machine needn't have the devices."""
     from hhbench.submit import draft
 
-    in_file = settings_in(args.config) if args.config else {}
-    accelerator = str(args.accelerator or in_file.get("accelerator") or "auto")
-    if accelerator not in ACCELERATORS:
-        raise unknown_name("accelerator", accelerator, ACCELERATORS)
-    args.accelerator = "cpu"
-    trials = grid.trials_of(args)
-    done = grid.results_of(trials)
-
-    def elsewhere(trial: "Trial") -> "Trial":
-        return dataclasses.replace(trial, config=dataclasses.replace(trial.config, accelerator=accelerator))
-
-    teachers = grid.teachers_of([trial for trial in trials if trial.name not in done])
-    return draft(
-        [elsewhere(trial) for trial in trials],
-        done,
-        [elsewhere(teacher) for teacher in teachers],
-        on=args.on,
-        workdir=Path.cwd(),
-    )
-
-
-def _fetch(trials: "Sequence[Trial]") -> None:
-    """Machines that compute often have no network: what is pinned is fetched here."""
-    from hhbench import data
-
-    for file in {file.name: file for trial in trials for file in trial.plan.task.files(trial.plan.config)}.values():
-        data.fetch(file)
+    return draft(grid.trials_of(args, elsewhere=True), on=args.on, workdir=Path.cwd())
 
 
 def _send(draft: "Draft", scripts: list[str]) -> None:

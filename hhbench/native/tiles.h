@@ -45,6 +45,7 @@ INLINE void store(float *p, vec x) { memcpy(p, &x, sizeof x); }
 
 INLINE vec all(float x) { return x - (vec){0}; }
 
+/* b where either is NaN: it goes on if it is given second. */
 INLINE vec larger(vec a, vec b) {
 #if LANES == 16
   return (vec)_mm512_max_ps((__m512)a, (__m512)b);
@@ -217,7 +218,7 @@ INLINE void exp_both(vec x, vec *up, vec *down) {
 /* exp(x) of x <= 0. */
 INLINE vec exp_below(vec x) {
   vec up, down;
-  exp_both(larger(x, all(-86.0f)), &up, &down);
+  exp_both(larger(all(-86.0f), x), &up, &down);
   return up;
 }
 
@@ -251,8 +252,8 @@ static void two_softmaxes(float *f, long half, long tokens) {
     }
     const vec of_up = 1.0f / sum_up, of_down = 1.0f / sum_down, least = all(FLOOR);
     for (long i = 0; i < half; i++) {
-      store(f + i * T + t, larger(load(f + i * T + t) * of_up, least));
-      store(g + i * T + t, larger(load(g + i * T + t) * of_down, least));
+      store(f + i * T + t, larger(least, load(f + i * T + t) * of_up));
+      store(g + i * T + t, larger(least, load(g + i * T + t) * of_down));
     }
   }
 }
