@@ -7,7 +7,8 @@ python scripts/bench_peers.py --install peers --publish     and put the table in
 
 Each peer gets Hedgehog's features from plain torch, and its time includes them, as hhbench's does; its outputs are
 compared with hhbench's before its time is taken. Batch 1, 12 heads of 64, one thread, CPU time of the thread. A ratio
-is the peer's time divided by hhbench's. The last line of stdout is one JSON document. Exits 1 if a peer disagrees.
+is the peer's time divided by that of hhbench's usual form. The last line of stdout is one JSON document. Exits 1 if a
+peer disagrees.
 """
 
 import argparse
@@ -45,6 +46,7 @@ from bench import (
 )
 from torch import Tensor
 
+from hhbench import native
 from hhbench.errors import HHBenchError, in_one_line
 from hhbench.kernels import kernels
 from hhbench.profile.correctness import distance
@@ -167,9 +169,11 @@ PEERS = {
         longest_backward=2048,
     ),
 }
-OURS = ("sdpa", "compiled")
-WORDS = {"sdpa": "torch's scaled_dot_product_attention", "compiled": "hhbench through torch.compile"} | {
-    name: peer.what for name, peer in PEERS.items()
+WORDS = {
+    "sdpa": "torch's scaled_dot_product_attention",
+    **{name: peer.what for name, peer in PEERS.items()},
+    "native": "hhbench's own compiled form",
+    "compiled": "hhbench through torch.compile",
 }
 
 
@@ -272,6 +276,11 @@ def contenders(names: Sequence[str], args: argparse.Namespace) -> Contenders:
                     notes[name] = "not run: no C++ compiler"
                     continue
                 found = torch.compile(ours)
+            elif name == "native":
+                if native.library() is None:
+                    notes[name] = "not run: no C compiler"
+                    continue
+                found = by_native(ours)
             else:
                 found = with_features(PEERS[name].load(args.install), weights)
             with torch.no_grad():
@@ -287,6 +296,23 @@ def contenders(names: Sequence[str], args: argparse.Namespace) -> Contenders:
             else:
                 notes[name] = f"disagrees with hhbench by {error:.1e} of the maximum"
     return Contenders(attend, weights, notes)
+
+
+def by_native(attend: Kernel) -> Kernel:
+    """The same, asked for its compiled form."""
+
+    def asked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        os.environ["HHBENCH_NATIVE"] = "1"
+        try:
+            with kernels() as seen:
+                out = attend(q, k, v)
+        finally:
+            del os.environ["HHBENCH_NATIVE"]
+        if set(seen) != {"native"}:
+            raise HHBenchError(f"not served by the compiled form, but by {', '.join(seen)}")
+        return out
+
+    return asked
 
 
 def with_features(kernel: Kernel, weights: Sequence[Tensor]) -> Kernel:
@@ -332,13 +358,14 @@ def cell(found: Contenders, names: Sequence[str], passes: str, length: int, effo
 
 
 def main() -> int:
-    names = [*OURS[:1], *PEERS, *OURS[1:]]
+    names = list(WORDS)
     arguments = parser(__doc__, names)
     arguments.add_argument("--install", type=Path, metavar="DIR", help="install the peers into this folder and use it")
     arguments.add_argument("--compile", action="store_true", help="torch.compile of hhbench's forward as well: slow")
     args = arguments.parse_args()
     effort = effort_of(args)
     picked = chosen(args.rows, names, "peer")
+    os.environ.pop("HHBENCH_NATIVE", None)  # the form that has to be asked for is a row of its own
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if args.install:

@@ -71,10 +71,12 @@ def test_the_goals_script_measures_every_row(tmp_path: Path) -> None:
 
 
 def test_the_peers_script_goes_on_without_the_peers(tmp_path: Path) -> None:
-    picked = "sdpa,performer-pytorch,fast-transformers-native"
+    picked = "sdpa,performer-pytorch,fast-transformers-native,native"
     found = run("bench_peers", "--max-length", "64", "--rounds", "2", "--rows", picked)
     rows = rows_of(found)
-    assert len(rows) == 3 * len(bench_peers.CELLS)
+    assert len(rows) == 4 * len(bench_peers.CELLS)
+    compiled = rows["native-backward-4096"]
+    assert compiled.value is not None or "no C compiler" in compiled.note
     assert rows["sdpa-forward-4096"].value > 0
     for name, row in rows.items():
         if name.startswith("fast-transformers-native"):
