@@ -2,11 +2,14 @@
 
 import signal
 import sys
+from pathlib import Path
 
 import hhbench
 
 if hhbench.__file__ is None:  # a folder of that name, such as a clone's, lies where this was started, and came first
-    del sys.path[0], sys.modules["hhbench"]
+    shadows = {Path(folder).parent for folder in hhbench.__path__}
+    sys.path[:] = [folder for folder in sys.path if Path(folder).absolute() not in shadows]
+    del sys.modules["hhbench"]
 
 from hhbench.cli import main
 from hhbench.stopping import SIGNALS

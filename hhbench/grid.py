@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from hhbench.config import RunConfig, option_value, split_label
 from hhbench.errors import HHBenchError, UsageError, unknown_name
 from hhbench.leaderboard import counted
-from hhbench.result import FILE_NAME, Result, key_of, load, safe_name
+from hhbench.result import Result, files, key_of, load, safe_name
 
 if TYPE_CHECKING:
     from hhbench.runner import Plan
@@ -510,7 +510,7 @@ def _teachers_below(out: Path) -> Iterable[tuple[dict[str, Any], float]]:
 
 def _results_below(out: Path) -> Iterator[tuple[Path, Result]]:
     """The whole results below a folder, in the order of their paths; none where there is no folder."""
-    for path in sorted(out.rglob(f"*{FILE_NAME}")):
+    for path in files(out):
         with contextlib.suppress(HHBenchError):
             yield path, load(path)
 

@@ -35,7 +35,7 @@ from hhbench.pretrained import source as source_of
 
 MANIFEST = "hhbench.json"  # written last: where it is, all is there
 SCHEMA = 2
-SECONDS_TO_WRITE = 3600  # a folder; what is older and nobody's was left behind
+SECONDS_TO_WRITE = 3600  # a folder takes less: an older one that is nobody's was left behind
 
 _MACHINE = socket.gethostname()
 
@@ -486,6 +486,7 @@ def _written_aside(folder: Path) -> Iterator[Path]:
         yield new
         if folder.exists():
             folder.rename(old)
+            os.utime(old)  # a rename leaves a folder its age, by which it would be taken for a leftover
         try:
             new.rename(folder)
         except OSError:

@@ -20,6 +20,7 @@ from hhbench.errors import HHBenchError, UsageError
 if TYPE_CHECKING:
     import torch
 
+SECONDS_TO_ANSWER = 60  # of Slurm's commands
 SECONDS_TO_MEET = 120  # of ranks that start at different times; a peer that never comes is an error then
 
 
@@ -127,16 +128,29 @@ def requeue() -> bool:
         return False
     asked = False
     if rank() == 0:
-        env = os.environ
-        job = env["SLURM_JOB_ID"]
-        if "SLURM_ARRAY_TASK_ID" in env:  # the id of an array's last task is that of the whole array too
-            job = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
-        # What is cancelled, or out of time, is no longer running in Slurm's books when its signal comes.
-        state = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True, check=False)
-        if state.stdout.strip() == "RUNNING":
-            done = subprocess.run(["scontrol", "requeue", job], capture_output=True, check=False)
-            asked = done.returncode == 0
+        # A container may have none of Slurm's commands; Slurm may not answer, or not requeue this job.
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            asked = _requeued(os.environ["SLURM_JOB_ID"])
     return bool(summed_over_ranks(float(asked)))
+
+
+def _requeued(number: str) -> bool:
+    # SQUEUE_STATES and the like are a user's, and may hide a job.
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
+
+    def slurm(*command: str) -> str:
+        return subprocess.run(
+            command, env=variables, capture_output=True, text=True, check=True, timeout=SECONDS_TO_ANSWER
+        ).stdout
+
+    # An array's last task has the number of the whole array: it is requeued by its index.
+    for line in slurm("squeue", "-h", "-a", "-r", "-j", number, "-o", "%A %T %F_%K").splitlines():
+        job, state, task = line.split()
+        # What is cancelled, or out of time, is no longer running in Slurm's books when its signal comes.
+        if job == number and state == "RUNNING":
+            slurm("scontrol", "requeue", job if task.endswith("_N/A") else task)
+            return True
+    return False
 
 
 @contextlib.contextmanager

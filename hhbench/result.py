@@ -18,7 +18,7 @@ import re
 import subprocess
 import types
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
@@ -330,6 +330,19 @@ def load(path: Path) -> Result:
         raise HHBenchError(f"{path}: {error}") from error
 
 
+def files(folder: Path, unreadable: Callable[[OSError], None] | None = None) -> list[Path]:
+    """Every file below a folder that is a result by its name, in the order of their paths; none without a folder.
+
+    Folders may come and go meanwhile.
+    """
+    return sorted(
+        Path(root, name)
+        for root, _, names in os.walk(folder, onerror=unreadable)
+        for name in names
+        if name == FILE_NAME or name.endswith(f".{FILE_NAME}")
+    )
+
+
 def find(folder: Path) -> tuple[list[Result], list[str]]:
     """Every result below a folder in the order of their paths, and a line for each file that was skipped.
 
@@ -344,13 +357,7 @@ def find(folder: Path) -> tuple[list[Result], list[str]]:
     def unreadable(error: OSError) -> None:
         skipped.append((Path(error.filename), f"skipped {error.filename}: {error.strerror}"))
 
-    paths = (
-        Path(root, name)
-        for root, _, names in os.walk(folder, onerror=unreadable)
-        for name in names
-        if name == FILE_NAME or name.endswith(f".{FILE_NAME}")
-    )
-    for path in sorted(paths):
+    for path in files(folder, unreadable):
         try:
             results.append(load(path))
         except HHBenchError as error:

@@ -1,10 +1,12 @@
 """Being told to stop: a cluster's signal is noted, and heeded where all ranks can save a checkpoint together.
 
-No signal interrupts a step. Slurm's jobs are asked to start again unless Slurm is ending them: SIGUSR1 comes when the
-time is nearly over or another job wants the nodes, and SIGTERM does where a cluster sends no signal of the job's own.
+No signal interrupts a step. Slurm is asked to start the job again unless it is ending it: SIGUSR1 comes when the time
+is nearly over or another job wants the nodes; SIGTERM where a cluster sends no signal of the job's own, and when a step
+alone is ended.
 """
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -13,11 +15,12 @@ from typing import Final
 
 from hhbench.errors import HHBenchError
 from hhbench.ranks import largest_over_ranks, requeue
+from hhbench.result import TOLD
 
 CODE: Final = 75  # exit code: stopped, run it again. BSD's sysexits call it a temporary failure.
 SIGNALS: Final = (signal.SIGUSR1, signal.SIGTERM)
 # What ranks can want at the end of a step. The largest over ranks is what all do.
-NOTHING, SAVE, END = range(3)
+NOTHING, SAVE, END, AGAIN = range(4)
 
 _received: set[int] = set()
 
@@ -61,8 +64,12 @@ def heeding() -> Iterator[None]:
 
 
 def noted() -> int:
-    """What this process was told: END or NOTHING."""
-    return END if _received else NOTHING
+    """What this process was told: AGAIN, END or NOTHING. SIGTERM starts a trial of `hhbench submit` again, and nobody
+    else's job: that may have more steps than this one.
+    """
+    if not _received:
+        return NOTHING
+    return AGAIN if signal.SIGUSR1 in _received or TOLD in os.environ else END
 
 
 def stop(told: float, where: str) -> None:
@@ -73,11 +80,11 @@ def stop(told: float, where: str) -> None:
         where: what is kept, for the message.
 
     Raises:
-        Stopped: it was. Slurm has been told to start the job again, unless it is ending it.
+        Stopped: it was. Asked to start again, Slurm has been told to, unless it is ending the job.
     """
     if told >= END:
         _received.clear()
-        again = requeue()
+        again = told == AGAIN and requeue()
         raise Stopped(f"stopped by a signal {where}" + ("; Slurm starts it again" if again else ""), again=again)
 
 

@@ -26,14 +26,13 @@ from typing import Final, Literal
 
 from filelock import FileLock, Timeout
 
-from hhbench import result, stopping
+from hhbench import data, result, stopping
 from hhbench.data import PackageFile
 from hhbench.errors import HHBenchError, UsageError
 from hhbench.grid import Earlier, Trial, teachers_of
 from hhbench.leaderboard import counted
 from hhbench.ranks import launched
 from hhbench.result import Result
-from hhbench.runner import fetch
 
 log = logging.getLogger("hhbench")
 
@@ -432,17 +431,18 @@ def _reason(run: Run, code: int, failed: Path) -> str:
 
 def _fetch(runs: Sequence[Run]) -> None:
     """What a later run lacks is said before the first one trains; the others need not wait for it."""
-    failed: dict[tuple[PackageFile, ...], str] = {}  # why, or an empty text, by the files that a run needs
+    lacking: dict[PackageFile, str] = {}  # why; an empty text: it is there
     for run in runs:
-        files = run.trial.plan.files
-        if files not in failed:
-            try:
-                fetch([run.trial.plan])
-                failed[files] = ""
-            except HHBenchError as error:
-                failed[files] = str(error)
-        if failed[files]:
-            run.become("failed", failed[files])
+        for file in run.trial.plan.files:
+            if file not in lacking:
+                try:
+                    data.fetch(file)
+                    lacking[file] = ""
+                except HHBenchError as error:
+                    lacking[file] = str(error)
+            if lacking[file]:
+                run.become("failed", lacking[file])
+                break
 
 
 # ---- what a machine has ----------------------------------------------------------------------------------------

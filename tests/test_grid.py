@@ -323,6 +323,8 @@ def test_a_result_is_found_by_its_settings_and_by_nothing_less():
     for change in ({"lr": 0.5}, {"save_model": True}, {"force": True}):
         assert not earlier.done(product(TINY | {"attn": "elu"} | change).trials), change
     assert not Earlier(Path("elsewhere")).done(same.trials)
+    file.rename(file.with_name("old-result.json"))
+    assert not Earlier(Path("runs")).done(same.trials)
 
 
 def test_earlier_results_tell_how_long_a_trial_takes_the_nearest_first():

@@ -242,12 +242,14 @@ def test_what_killed_processes_left_aside_is_cleared(tmp_path):
     first, second = sorted(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime)
     machine = first.name.split(".", 2)[2].rsplit(".", 2)[0]
     working = tmp_path / f".{folder.name}.{machine}.{os.getppid()}.new"
-    working.mkdir()
+    other = tmp_path / f".{folder.name}.elsewhere.999999999.new"  # of another machine
+    for path in (working, other):
+        path.mkdir()
     long_ago = time.time() - 2 * models.SECONDS_TO_WRITE
-    for path in (first, working):
+    for path in (first, working, other):
         os.utime(path, (long_ago, long_ago))
     saved(folder)
-    assert set(tmp_path.iterdir()) == {folder, second, working}
+    assert set(tmp_path.iterdir()) == {folder, second, working, other}
     models.load(folder)
 
 

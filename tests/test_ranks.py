@@ -278,3 +278,12 @@ def test_a_sharded_model_has_a_share_on_each_rank(worlds):
     shares = [world["train, sharded"]["held"] for world in worlds[1:]]
     assert sum(shares) == whole == worlds[1]["train"]["held"]
     assert max(shares) < 0.6 * whole
+
+
+def test_where_slurm_can_not_be_asked_nothing_is_started_again(monkeypatch, tmp_path):
+    for name, value in {"STEP_NUM_TASKS": "1", "PROCID": "0", "LOCALID": "0", "JOB_ID": "7"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert ranks.launched().by == "Slurm"
+    assert not ranks.requeue()

@@ -47,7 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def call(args: argparse.Namespace) -> int:
     from hhbench import slurm, torchrun
-    from hhbench.runner import fetch
 
     given = {name: getattr(args, name) for name in FOR_SLURM if getattr(args, name) is not None}
     if args.on == "slurm":
@@ -79,6 +78,8 @@ def call(args: argparse.Namespace) -> int:
         return 0
     if args.on == "slurm":
         slurm.check(profile, nodes=record.nodes, largest_index=max(draft.missing))
+    from hhbench.runner import fetch
+
     fetch(trial.plan for trial in draft.trials)  # machines that compute often have no network
     draft.write(scripts)
     if args.on == "slurm":
