@@ -3,7 +3,7 @@
 HHBENCH_NATIVE=1 asks for it. The C files beside this one are compiled on first use into the cache and loaded from
 there. Where they can't be, or don't serve some tensors, callers get None or False and take the form that they have.
 Hedgehog's attention has a backward pass too and takes bfloat16; sums over blocks of any other features are of float32,
-without gradients.
+without gradients. One token of Hedgehog's after a state: `hhbench.native.step`.
 """
 
 import ctypes
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from hhbench.data import cache_dir
 from hhbench.errors import HHBenchError, in_one_line
@@ -105,11 +106,12 @@ class _Hedgehog(torch.autograd.Function):
         half = query_weight.shape[2]
         _, *wanted = ctx.needs_input_grad
         made = {"out": out, "of_den": of_den, "starts": starts, "d_out": d_out.contiguous()}
-        # One gradient for each query head: heads that share what it is of have theirs added up.
+        # One gradient for each query head: heads that share what it is of have theirs added up, in float32.
+        of_keys = q if k.shape[1] == H else of_den
         for name, wants, like, shape in (
             ("dq", wanted[0], q, (N, D)),
-            ("dk", wanted[1], q, (N, D)),
-            ("dv", wanted[2], q, (N, v.shape[3])),
+            ("dk", wanted[1], of_keys, (N, D)),
+            ("dv", wanted[2], of_keys, (N, v.shape[3])),
             ("dwq", wanted[4], of_den, (half, D)),
             ("dwk", wanted[5], of_den, (half, D)),
             ("dbq", wanted[6], of_den, (half,)),
@@ -119,10 +121,11 @@ class _Hedgehog(torch.autograd.Function):
                 made[name] = like.new_empty(B, H, *shape)
         _call("hedgehog_back", given, made)
         of_tokens = [
-            _added_up(made.get(name), heads, 1) for name, heads in (("dq", H), ("dk", k.shape[1]), ("dv", k.shape[1]))
+            None if name not in made else _added_up(made[name], x.shape[1], 1).to(x.dtype)
+            for name, x in (("dq", q), ("dk", k), ("dv", v))
         ]
         of_maps = [
-            _added_up(None if name not in made else made[name].sum(0), weight.shape[0], 0)
+            None if name not in made else _added_up(made[name].sum(0), weight.shape[0], 0)
             for name, weight in zip(("dwq", "dwk", "dbq", "dbk"), (query_weight, key_weight) * 2, strict=True)
         ]
         of_weights = [None if x is None else x.mT for x in of_maps[:2]]
@@ -130,9 +133,9 @@ class _Hedgehog(torch.autograd.Function):
         return None, *of_tokens, None, *of_weights, *of_biases
 
 
-def _added_up(each: Tensor | None, heads: int, dim: int) -> Tensor | None:
+def _added_up(each: Tensor, heads: int, dim: int) -> Tensor:
     """What so many heads receive, from what each query head did."""
-    if each is None or each.shape[dim] == heads:
+    if each.shape[dim] == heads:
         return each
     return each.view(*each.shape[:dim], heads, -1, *each.shape[dim + 1 :]).sum(dim + 1)
 
@@ -219,8 +222,18 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
+def observed() -> bool:
+    """Whether torch compiles, traces, transforms or differentiates forwards: it doesn't see what C writes."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
 def _serves(tensors: Sequence[Tensor], *dtypes: torch.dtype) -> bool:
-    if not wanted() or torch.compiler.is_compiling():
+    if not wanted() or observed():
         return False
     return all(x.dtype in dtypes and x.device.type == "cpu" and x.numel() for x in tensors)
 

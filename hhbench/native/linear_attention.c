@@ -21,7 +21,7 @@ typedef struct {
   void *out;                      /* [B, H, N, E] */
   float *of_den, *starts; /* for the backward pass, or NULL: 1 / normaliser [B, H, N], states [B, H, blocks, F, E + 1] */
   const void *d_out;      /* [B, H, N, E] */
-  void *dq, *dk, *dv;     /* [B, H, N, D], [B, H, N, D], [B, H, N, E] */
+  void *dq, *dk, *dv;     /* [B, H, N, D], [B, H, N, D], [B, H, N, E]; dk and dv are float32 where heads share keys */
   float *dwq, *dwk, *dbq, *dbk; /* [B, H, half, D], [B, H, half] */
   long B, H, G, N, D, half, E, wq_heads, wk_heads; /* a head of W for all, each query head, or each of keys */
   long bf16;                                       /* q, k, v, out and their gradients; else float32 */
@@ -176,7 +176,7 @@ static void tile_back(const Attention *a, Back *w, Place at, long s, float *fk, 
   const long N = a->N, n = MIN(N - s, T), D = a->D, half = a->half, F = 2 * half, E = a->E;
   const long rows = UP(n, 16), wide = UP(E, LANES), row = wide + LANES, features = UP(F, 8);
   const uint8_t *attended = a->attended ? some_of(a->attended + at.b * N + s, n) : NULL;
-  const int bf16 = a->bf16;
+  const int bf16 = a->bf16, bf16_keys = bf16 && a->G == a->H;
   const long of_q = (at.query * N + s) * D, of_out = (at.query * N + s) * E;
   const float *q = rows_of(a->q, of_q, n, D, bf16, attended, w->q_rows);
   const float *k = rows_of(a->k, (at.key * N + s) * D, n, D, bf16, attended, w->k_rows);
@@ -213,14 +213,14 @@ static void tile_back(const Attention *a, Back *w, Place at, long s, float *fk, 
     product(near_k, (Term){w->rest, row, 1, w->across_v, T, last ? 0 : E + 1}, to_k, 0, features, from, to);
   }
   if (a->dv) {
-    float *to = place(a->dv, of_out, bf16, w->aside);
+    float *to = place(a->dv, of_out, bf16_keys, w->aside);
     for (long j = 0; j < rows; j += 8) {
       const Into o = {to, E, 0, NULL, n, E};
       product((Term){w->at + j, T, 1, w->g + j * wide, wide, rows - j}, /* from the first query that meets these keys */
               (Term){fk, 1, T, w->rest, row, last ? 0 : F}, o, j,
               j + 8, 0, wide);
     }
-    put(a->dv, of_out, n * E, bf16, w->aside);
+    put(a->dv, of_out, n * E, bf16_keys, w->aside);
   }
   add_to_state(w->rest, row, w->fq, w->g, w->h, rows, F, E);
 
@@ -231,9 +231,9 @@ static void tile_back(const Attention *a, Back *w, Place at, long s, float *fk, 
       if (!attended[i]) memset(dq + i * D, 0, sizeof(float) * D);
     put(a->dq, of_q, n * D, bf16, w->aside);
   }
-  float *dk = a->dk ? place(a->dk, of_q, bf16, w->aside) : NULL;
+  float *dk = a->dk ? place(a->dk, of_q, bf16_keys, w->aside) : NULL;
   map_back(k, fk, w->dfk, w->of_wk, n, D, half, w->x, dk, a->dwk ? w->dwk : NULL, a->dbk ? w->dbk : NULL);
-  if (dk) put(a->dk, of_q, n * D, bf16, w->aside);
+  if (dk) put(a->dk, of_q, n * D, bf16_keys, w->aside);
 }
 
 static void hedgehog_back_head(const void *job, void *room, long l) {

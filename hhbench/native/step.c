@@ -1,6 +1,6 @@
 /* One token of Hedgehog's causal linear attention after a state, float32. Compiled by hhbench.native on first use.
 
-   A head's state is read once and written once: each row takes the token in and then gives its share to the output.
+   A head's state is read once, again for each further query that shares it, and written once: each row takes the token in and then gives its share to the output.
 
        values [F][E]   sum of phi(k) v^T     keys [F]   sum of phi(k)     phi(x) = [softmax(x W + b), softmax(-x W - b)]
 */

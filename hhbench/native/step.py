@@ -20,7 +20,9 @@ def hedgehog_step(
     v: Tensor,
     query_weight: Tensor,
     key_weight: Tensor,
-    *biases: Tensor | None,
+    query_bias: Tensor | None,
+    key_bias: Tensor | None,
+    *,
     state: LinearState,
 ) -> tuple[Tensor, Sums] | None:
     """The output [B, H, 1, E] for one token, and the sums after it, or None where this can't serve the tensors.
@@ -28,15 +30,17 @@ def hedgehog_step(
     Args:
         q, k, v: [B, H, 1, D], [B, G, 1, D], [B, G, 1, E].
         query_weight, key_weight: [heads, D, F / 2]; heads is 1, or that of queries and of states.
-        biases: of queries and keys, [heads, 1, F / 2]; none, or both None, without.
+        query_bias, key_bias: [heads, 1, F / 2], both or none.
         state: of each query head or of each key-value head. It stays as it is.
     """
-    bias_q, bias_k = biases or (None, None)
-    given = q, k, v, query_weight, key_weight, bias_q, bias_k, state.values, state.keys
-    if torch.compiler.is_compiling() or not all(map(_served, given)) or (bias_q is None) != (bias_k is None):
+    given = q, k, v, query_weight, key_weight, query_bias, key_bias, state.values, state.keys
+    if native.observed() or not all(map(_served, given)) or (query_bias is None) != (key_bias is None):
         return None
     whole = [x if x is None or x.is_contiguous() else x.contiguous() for x in given]
     (B, H, _, D), G, (_, S, F, E), (wq_heads, _, half) = q.shape, k.shape[1], state.values.shape, query_weight.shape
+    fits = state.values.shape == (B, S, 2 * half, v.shape[3]) and state.keys.shape == (B, S, 2 * half)
+    if not fits or S not in (G, H) or key_weight.shape[0] not in (1, S):
+        return None  # not this attention's state, or one that is broadcast: the plain form says so or does it
     if half > native.MOST or (B * S * F * E > MANY and torch.get_num_threads() > 1) or (run := compiled()) is None:
         return None
     values, keys, out = state.values.new_empty(B, S, F, E), state.keys.new_empty(B, S, F), v.new_empty(B, H, 1, E)

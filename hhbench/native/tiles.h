@@ -23,7 +23,6 @@
 #endif
 
 #define T 64
-#define TV (T / LANES)
 #define MOST 128     /* of D, E and the width of a softmax */
 #define FLOOR 1e-12f /* hhbench.linear_attention.FLOOR */
 #define SAFE 60.0f   /* half the spread of logits up to which exp(y) and exp(-y) are computed at once */
@@ -45,6 +44,10 @@ INLINE void store(float *p, vec x) { memcpy(p, &x, sizeof x); }
 
 INLINE vec all(float x) { return x - (vec){0}; }
 
+INLINE vec masked(vec x, ivec take) { return (vec)((ivec)x & take); }
+
+INLINE vec either(ivec take, vec a, vec b) { return (vec)(((ivec)a & take) | ((ivec)b & ~take)); }
+
 /* b where either is NaN: it goes on if it is given second. */
 INLINE vec larger(vec a, vec b) {
 #if LANES == 16
@@ -52,12 +55,9 @@ INLINE vec larger(vec a, vec b) {
 #elif LANES == 8
   return (vec)_mm256_max_ps((__m256)a, (__m256)b);
 #else
-  ivec take = a > b;
-  return (vec)(((ivec)a & take) | ((ivec)b & ~take));
+  return either(a > b, a, b);
 #endif
 }
-
-INLINE vec masked(vec x, ivec take) { return (vec)((ivec)x & take); }
 
 INLINE vec smaller(vec a, vec b) { return -larger(-a, -b); }
 
@@ -226,19 +226,24 @@ INLINE vec exp_below(vec x) {
 static void two_softmaxes(float *f, long half, long tokens) {
   float *g = f + half * T;
   for (long t = 0; t < tokens; t += LANES) {
-    vec top = load(f + t), low = top;
+    vec top = load(f + t), low = top, nan = 0.0f * top; /* whatever bits it has, which the exponential adds to */
     for (long i = 1; i < half; i++) {
       const vec y = load(f + i * T + t);
       top = larger(top, y);
       low = smaller(low, y);
+      nan += 0.0f * y;
     }
     const vec middle = 0.5f * top + 0.5f * low, spread = 0.5f * top - 0.5f * low;
+    const ivec far = spread > SAFE; /* each token for itself: a later one must not change the rounding of an earlier one */
     int wide = 0;
-    for (int l = 0; l < LANES; l++) wide |= spread[l] > SAFE;
-    vec sum_up = {0}, sum_down = {0};
+    for (int l = 0; l < LANES; l++) wide |= far[l];
+    vec sum_up = nan, sum_down = nan;
     if (wide) {
       for (long i = 0; i < half; i++) {
-        const vec y = load(f + i * T + t), up = exp_below(y - top), down = exp_below(low - y);
+        const vec y = load(f + i * T + t);
+        vec up, down;
+        exp_both(y - middle, &up, &down);
+        up = either(far, exp_below(y - top), up), down = either(far, exp_below(low - y), down);
         sum_up += up, sum_down += down;
         store(f + i * T + t, up), store(g + i * T + t, down);
       }
@@ -313,7 +318,10 @@ static const float *rows_of(const void *x, long at, long n, long width, int bf16
   if (!bf16 && !attended) return (const float *)x + at;
   if (bf16) {
     const uint16_t *from = (const uint16_t *)x + at;
-    for (long i = 0; i < n * width; i++) ((uint32_t *)to)[i] = (uint32_t)from[i] << 16;
+    for (long i = 0; i < n * width; i++) {
+      const uint32_t bits = (uint32_t)from[i] << 16;
+      memcpy(to + i, &bits, sizeof bits);
+    }
   } else {
     memcpy(to, (const float *)x + at, sizeof(float) * n * width);
   }
@@ -376,22 +384,18 @@ typedef struct Heads {
   size_t room;
   long count;
   atomic_long next;
-  atomic_int failed;
 } Heads;
 
 static void *work(void *given) {
   Heads *heads = given;
   void *room = NULL;
-  if (posix_memalign(&room, 64, heads->room)) {
-    atomic_store(&heads->failed, 1);
-    return NULL;
-  }
+  if (posix_memalign(&room, 64, heads->room)) return NULL; /* the others do its heads */
   for (long l; (l = atomic_fetch_add(&heads->next, 1)) < heads->count;) heads->head(heads->job, room, l);
   free(room);
   return NULL;
 }
 
-/* The calling thread works too: threads that can't be started are not missed. 0: done. */
+/* The calling thread works too: threads that can't be started, or have no memory, are not missed. 0: done, else nothing is. */
 static int run(void (*head)(const void *, void *, long), const void *job, size_t room, long count, long threads) {
   Heads heads = {.head = head, .job = job, .room = room, .count = count};
   pthread_t started[64];
@@ -400,5 +404,5 @@ static int run(void (*head)(const void *, void *, long), const void *job, size_t
   while (others + 1 < threads && !pthread_create(&started[others], NULL, work, &heads)) others++;
   work(&heads);
   while (others) pthread_join(started[--others], NULL);
-  return atomic_load(&heads.failed);
+  return atomic_load(&heads.next) < count;
 }

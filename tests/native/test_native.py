@@ -1,66 +1,27 @@
 """The compiled form: the definition's numbers, no later key, and the plain form wherever it can't serve."""
 
 import logging
-import shutil
+import platform
 
 import pytest
 import torch
+from native_cases import FORMS, forget, hedgehog
 from torch import Tensor, nn
 
 from hhbench import native
 from hhbench.attention import FeatureMap, LinearAttention, build_attention
 from hhbench.kernels import kernels
 from hhbench.linear_attention import CHUNK
+from hhbench.profile.correctness import distance
 
-FORMS = {
-    "N=1": {"B": 2, "H": 2, "N": 1, "D": 64, "E": 64},
+LENGTHS = {
     "two tokens": {"B": 1, "H": 1, "N": 2, "D": 3, "E": 1},
     "a tile less one": {"B": 1, "H": 2, "N": 63, "D": 16, "E": 16},
     "a tile and one": {"B": 2, "H": 2, "N": 65, "D": 16, "E": 24},
-    "odd widths": {"B": 2, "H": 3, "N": 150, "D": 20, "E": 37, "half": 13},
-    "widest": {"B": 1, "H": 2, "N": 200, "D": 128, "E": 128},
-    "grouped": {"B": 2, "H": 4, "G": 2, "N": 130, "D": 32, "E": 32},
-    "shared keys": {"B": 2, "H": 4, "G": 2, "N": 130, "D": 32, "E": 32, "share_kv_heads": True},
-    "bias": {"B": 1, "H": 2, "N": 100, "D": 32, "E": 32, "bias": True},
-    "one W": {"B": 1, "H": 3, "N": 100, "D": 32, "E": 32, "shared_heads": True},
+    "several blocks": {"B": 2, "H": 4, "G": 2, "N": 600, "D": 20, "E": 37, "half": 13},
     "long": {"B": 1, "H": 1, "N": 2048, "D": 64, "E": 64},
 }
-
-
-@pytest.fixture(autouse=True)
-def _asked_for(monkeypatch):
-    monkeypatch.setenv("HHBENCH_NATIVE", "1")
-
-
-@pytest.fixture
-def compiler():
-    if shutil.which("cc") is None:
-        pytest.skip("needs a C compiler named cc")
-    native.library.cache_clear()
-    assert native.library() is not None
-
-
-@pytest.fixture
-def fresh(monkeypatch, tmp_path):
-    """A cache of its own, and no library remembered before or after."""
-    monkeypatch.setenv("HHBENCH_CACHE", str(tmp_path))
-    native.library.cache_clear()
-    yield tmp_path
-    native.library.cache_clear()
-
-
-def hedgehog(make_shape, *, B, H, N, D, E, G=None, half=None, factor=1.0, **options):
-    shape = make_shape(num_heads=H, num_kv_heads=G or H, head_dim=D)
-    attention = build_attention("hedgehog", shape, feature_dim=half, **options).eval()
-    with torch.no_grad():
-        for p in attention.parameters():
-            p.normal_(std=D**-0.5)
-    q, k = torch.randn(B, H, N, D) * factor, torch.randn(B, G or H, N, D) * factor
-    return attention, (q, k, torch.randn(B, G or H, N, E))
-
-
-def error(found: Tensor, truth: Tensor) -> float:
-    return float((found.double() - truth).detach().abs().max() / truth.detach().abs().max())
+CASES = LENGTHS | {name: form | {"N": 150} for name, form in FORMS.items()}
 
 
 def ran_native(attention, inputs, **more):
@@ -69,20 +30,20 @@ def ran_native(attention, inputs, **more):
     return out, "native" in seen
 
 
-@pytest.mark.parametrize("form", [name for name in FORMS if name != "N=1"])
-def test_it_is_the_definition_in_float64(compiler, make_shape, form):
-    attention, inputs = hedgehog(make_shape, **FORMS[form])
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_the_definition_in_float64(compiler, make_shape, case):
+    attention, inputs = hedgehog(make_shape, **CASES[case])
     out, native_ran = ran_native(attention, inputs)
     assert native_ran
     truth = attention.double().quadratic(*(x.double() for x in inputs))
-    assert error(out, truth) <= 3e-7
+    assert distance(out, truth) <= 3e-7
 
 
 def test_one_token_is_its_value(compiler, make_shape):
-    attention, (q, k, v) = hedgehog(make_shape, **FORMS["N=1"])
+    attention, (q, k, v) = hedgehog(make_shape, B=2, H=2, N=1, D=64, E=64)
     with torch.no_grad():
         out = native.hedgehog(q, k, v, attention.query_map.weight, attention.key_map.weight)
-    assert error(out, v.double()) <= 3e-7
+    assert distance(out, v.double()) <= 3e-7
 
 
 @pytest.mark.parametrize("factor", [0.0, 7.0, 50.0, 1000.0])
@@ -91,7 +52,7 @@ def test_large_logits_neither_overflow_nor_vanish(compiler, make_shape, factor):
     out, native_ran = ran_native(attention, inputs)
     # Rounding of the logits themselves is the error from here on, in any form.
     truth = attention.double().quadratic(*(x.double() for x in inputs))
-    assert native_ran and error(out, truth) <= 3e-7 * max(1.0, factor**2)
+    assert native_ran and distance(out, truth) <= 3e-7 * max(1.0, factor**2)
 
 
 def test_a_long_sum_stays_accurate(compiler, make_shape):
@@ -103,7 +64,7 @@ def test_a_long_sum_stays_accurate(compiler, make_shape):
         fk, _ = maps.key_map.map_keys(k.double(), positions=None, key_mask=None)
         scores = (fq @ fk.mT).tril(16384 - 256)
         truth = scores @ v.double() / scores.sum(-1, keepdim=True)
-    assert native_ran and error(out[:, :, -256:], truth) <= 1e-6
+    assert native_ran and distance(out[:, :, -256:], truth) <= 1e-6
 
 
 def test_later_tokens_change_nothing_earlier(compiler, make_shape):
@@ -181,7 +142,7 @@ def test_any_features_block_by_block(compiler, make_shape, make_map, padded, N):
         mask[1, -5:] = False
     out, native_ran = ran_native(attention, inputs, key_mask=mask)
     truth = attention.double().quadratic(*(x.double() for x in inputs), key_mask=mask)
-    assert native_ran and error(out, truth) <= 1e-6
+    assert native_ran and distance(out, truth) <= 1e-6
 
 
 def test_a_state_goes_on_where_it_stopped(compiler, make_shape):
@@ -193,7 +154,7 @@ def test_a_state_goes_on_where_it_stopped(compiler, make_shape):
         second, state = attention(*(x[:, :, 150:399] for x in inputs), state=state, return_state=True)
         last = attention(*(x[:, :, 399:] for x in inputs), state=state)
     assert seen["native"] >= 3
-    assert error(torch.cat([first, second, last], 2), whole.double()) <= 1e-6
+    assert distance(torch.cat([first, second, last], 2), whole.double()) <= 1e-6
 
 
 @pytest.mark.parametrize(
@@ -214,7 +175,7 @@ def test_what_it_does_not_serve_takes_the_plain_form(compiler, make_shape, monke
         out = attention(*inputs)
     assert "native" not in seen
     truth = attention.double().quadratic(*(x.double() for x in inputs))
-    assert error(out.detach(), truth.detach()) <= (1e-2 if what == "float16" else 1e-6)
+    assert distance(out.detach(), truth.detach()) <= (1e-2 if what == "float16" else 1e-6)
 
 
 def gradients(attention, inputs, d_out: Tensor, **more) -> tuple[Tensor, list[Tensor]]:
@@ -231,15 +192,15 @@ def learns_as_the_definition(attention, inputs, *, at_most: float, **more) -> No
     assert seen == {"native": 1}
     exact = attention.double()
     truth, expected = gradients(exact, [x.double() for x in inputs], d_out.double(), form="quadratic", **more)
-    assert error(out, truth) <= at_most
+    assert distance(out, truth) <= at_most
     assert [x.dtype for x in found[:3]] == [x.dtype for x in inputs]
     for mine, true in zip(found, expected, strict=True):
-        assert error(mine, true) <= at_most
+        assert distance(mine, true) <= at_most
 
 
-@pytest.mark.parametrize("form", [name for name in FORMS if name != "N=1"])
-def test_gradients_are_the_definitions_in_float64(compiler, make_shape, form):
-    attention, inputs = hedgehog(make_shape, **FORMS[form])
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_the_definitions_in_float64(compiler, make_shape, case):
+    attention, inputs = hedgehog(make_shape, **CASES[case])
     learns_as_the_definition(attention, inputs, at_most=1.5e-6)
 
 
@@ -251,9 +212,9 @@ def padded(B: int, N: int) -> Tensor:
     return mask
 
 
-@pytest.mark.parametrize("form", ["grouped", "shared keys", "bias", "one W", "odd widths"])
-def test_padding_is_honoured(compiler, make_shape, form):
-    attention, inputs = hedgehog(make_shape, **FORMS[form])
+@pytest.mark.parametrize("case", ["grouped", "shared keys", "bias", "one W", "odd widths", "several blocks"])
+def test_padding_is_honoured(compiler, make_shape, case):
+    attention, inputs = hedgehog(make_shape, **CASES[case])
     mask = padded(inputs[0].shape[0], inputs[0].shape[2])
     learns_as_the_definition(attention, inputs, at_most=2e-6, key_mask=mask)
     attention.float()
@@ -296,9 +257,43 @@ def test_gradients_of_large_logits(compiler, make_shape, factor):
     learns_as_the_definition(attention, inputs, at_most=1.5e-6 * factor)
 
 
+@pytest.mark.parametrize("payload", [0x7FC00001, -0x3FFFFF])
+def test_a_nan_of_any_bits_is_not_hidden(compiler, make_shape, payload):
+    attention, inputs = hedgehog(make_shape, B=1, H=1, N=100, D=16, E=16)
+    inputs[1][0, 0, 50, 3] = torch.tensor(payload, dtype=torch.int32).view(torch.float32)
+    assert inputs[1][0, 0, 50].isnan().any()
+    out, native_ran = ran_native(attention, inputs)
+    assert native_ran and not out[0, 0, 50:].isfinite().any()
+
+
+def test_a_later_tokens_large_logits_leave_the_rounding_of_earlier_ones(compiler, make_shape):
+    attention, inputs = hedgehog(make_shape, B=1, H=2, N=100, D=64, E=64)
+    before, native_ran = ran_native(attention, inputs)
+    for x in inputs:
+        x[:, :, 70:] *= 1000
+    after, _ = ran_native(attention, inputs)
+    assert native_ran and torch.equal(before[:, :, :70], after[:, :, :70])
+
+
+def test_under_autocast(compiler, make_shape):
+    """As in training: q, k and v of bfloat16 linear layers, and W in float32."""
+    attention, inputs = hedgehog(make_shape, B=1, H=2, N=150, D=16, E=16)
+    with torch.autocast("cpu", torch.bfloat16):
+        learns_as_the_definition(attention, [x.bfloat16() for x in inputs], at_most=5e-3)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86")
+@pytest.mark.parametrize("flags", ["-mno-avx512f", "-mno-avx512f -mno-avx2"])
+def test_narrower_vectors(cc, fresh, make_shape, monkeypatch, flags):
+    monkeypatch.setenv("CC", f"cc {flags}")
+    for case in ("odd widths", "grouped", "several blocks"):
+        attention, inputs = hedgehog(make_shape, **CASES[case])
+        learns_as_the_definition(attention, inputs, at_most=1.5e-6)
+
+
 @pytest.mark.parametrize("padding", [False, True])
 def test_bfloat16_is_summed_in_float32(compiler, make_shape, padding):
-    attention, inputs = hedgehog(make_shape, B=2, H=2, N=150, D=16, E=16, bias=True)
+    attention, inputs = hedgehog(make_shape, B=2, H=4, G=2, N=150, D=16, E=16, bias=True)
     mask = padded(2, 150) if padding else None
     learns_as_the_definition(attention, [x.bfloat16() for x in inputs], at_most=5e-3, key_mask=mask)
 
@@ -345,12 +340,10 @@ def test_without_a_compiler_one_debug_line_and_the_plain_form(fresh, make_shape,
         out, native_ran = ran_native(attention, inputs)
         ran_native(attention, inputs)
     assert not native_ran and len([r for r in caplog.records if "no compiled" in r.message]) == 1
-    assert error(out, attention.double().quadratic(*(x.double() for x in inputs))) <= 1e-6
+    assert distance(out, attention.double().quadratic(*(x.double() for x in inputs))) <= 1e-6
 
 
-def test_a_source_that_does_not_compile_takes_the_plain_form(fresh, make_shape, monkeypatch, caplog, tmp_path):
-    if shutil.which("cc") is None:
-        pytest.skip("needs a C compiler named cc")
+def test_a_source_that_does_not_compile_takes_the_plain_form(cc, fresh, make_shape, monkeypatch, caplog, tmp_path):
     (tmp_path / "bad.c").write_text("int f(void) { return }\n")
     monkeypatch.setattr(native, "FOLDER", tmp_path)
     attention, inputs = hedgehog(make_shape, B=1, H=2, N=CHUNK, D=8, E=8)
@@ -360,9 +353,7 @@ def test_a_source_that_does_not_compile_takes_the_plain_form(fresh, make_shape, 
 
 
 @pytest.mark.parametrize("harm", ["cut short", "one byte", "empty"])
-def test_a_broken_library_in_the_cache_is_built_again(fresh, monkeypatch, harm):
-    if shutil.which("cc") is None:
-        pytest.skip("needs a C compiler named cc")
+def test_a_broken_library_in_the_cache_is_built_again(cc, fresh, monkeypatch, harm):
     (fresh / "quick.c").write_text("int answer(void) { return 42; }\n")
     monkeypatch.setattr(native, "FOLDER", fresh)
     assert native.library().answer() == 42
@@ -371,7 +362,7 @@ def test_a_broken_library_in_the_cache_is_built_again(fresh, monkeypatch, harm):
     built.unlink()  # what is loaded stays as it is
     wrong = {"cut short": whole[:-100], "one byte": whole[:-1] + bytes([whole[-1] ^ 1]), "empty": b""}[harm]
     built.write_bytes(wrong)
-    native.library.cache_clear()
+    forget()
     assert native.library().answer() == 42
     assert built.read_bytes() != wrong and len(built.read_bytes()) == len(whole)
     assert [p.name for p in (fresh / "native").iterdir()] == [built.name]
