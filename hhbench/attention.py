@@ -666,7 +666,8 @@ class LinearAttention(Attention):
         by_token = form == "recurrent" or (form == "auto" and causal and N == 1)
         if form == "auto" and causal and 1 < N <= blockwise.CHUNK and sums is None:
             form = "quadratic"  # a chunk alone is all pairs, and autograd needn't map it again
-        if not by_token and form != "quadratic" and q.device.type == "cpu":
+        by_blocks = not by_token and form != "quadratic" and q.device.type == "cpu"
+        if by_blocks and not torch.compiler.is_compiling():  # which can't follow buffers that outlive a call
             drawn = torch.get_rng_state() if self.training else None
             job = Job(
                 maps=self,

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hhbench.attention import FeatureMap, LinearAttention, MixerShape
+from hhbench.attention import FeatureMap, LinearAttention, MixerShape, build_attention
 from hhbench.errors import UsageError
 from hhbench.linear_attention import CHUNK, FLOOR, LinearState, chunked
 
@@ -595,3 +595,13 @@ def test_tied_maps_are_one_and_a_shared_one_has_a_map_per_group(make_shape):
         LinearAttention(grouped, Plain, tie_qk=True, share_kv_heads=True)
     # With as many key heads as query heads there is nothing to share, and the two options don't meet.
     LinearAttention(make_shape(), Plain, tie_qk=True, share_kv_heads=True)
+
+
+@pytest.mark.parametrize("name", ["hedgehog", "exp"])
+def test_torch_compile_takes_a_form_that_it_can_follow(make_shape, name):
+    attention = build_attention(name, make_shape(num_heads=2, head_dim=8, max_len=512))
+    q, k, v = (torch.randn(1, 2, 200, 8, requires_grad=True) for _ in range(3))
+    compiled = torch.compile(attention, backend="eager")
+    torch.testing.assert_close(compiled(q, k, v), attention(q, k, v))
+    found, expected = (torch.autograd.grad(f(q, k, v).square().sum(), (q, k, v)) for f in (compiled, attention))
+    torch.testing.assert_close(found, expected)
