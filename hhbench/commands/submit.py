@@ -56,7 +56,9 @@ def call(args: argparse.Namespace) -> int:
     elif given or args.cluster:
         raise UsageError(f"--{next(iter(given), 'cluster')} is for --on slurm: torchrun has no scheduler")
     calm_libraries()
-    draft = _draft(args)
+    from hhbench.submit import draft as draft_of
+
+    draft = draft_of(grid.trials_of(args, elsewhere=True), on=args.on, workdir=Path.cwd())
     record = draft.submission.record
     if args.on == "slurm":
         scripts = draft.slurm_scripts(profile)
@@ -94,12 +96,6 @@ def call(args: argparse.Namespace) -> int:
     print(f"submission: {draft.submission.folder}")
     print(f"next: hhbench status {shlex.quote(str(draft.submission.folder))}")
     return 0
-
-
-def _draft(args: argparse.Namespace) -> "Draft":
-    from hhbench.submit import draft
-
-    return draft(grid.trials_of(args, elsewhere=True), on=args.on, workdir=Path.cwd())
 
 
 def _send(draft: "Draft", scripts: list[str]) -> None:

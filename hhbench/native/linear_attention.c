@@ -216,9 +216,9 @@ static void tile_back(const Attention *a, Back *w, Place at, long s, float *fk, 
     float *to = place(a->dv, of_out, bf16_keys, w->aside);
     for (long j = 0; j < rows; j += 8) {
       const Into o = {to, E, 0, NULL, n, E};
-      product((Term){w->at + j, T, 1, w->g + j * wide, wide, rows - j}, /* from the first query that meets these keys */
-              (Term){fk, 1, T, w->rest, row, last ? 0 : F}, o, j,
-              j + 8, 0, wide);
+      const Term near = {w->at + j, T, 1, w->g + j * wide, wide, rows - j}; /* from the first query that meets these keys */
+      const Term far = {fk, 1, T, w->rest, row, last ? 0 : F};
+      product(near, far, o, j, j + 8, 0, wide);
     }
     put(a->dv, of_out, n * E, bf16_keys, w->aside);
   }

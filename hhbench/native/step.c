@@ -1,6 +1,7 @@
 /* One token of Hedgehog's causal linear attention after a state, float32. Compiled by hhbench.native on first use.
 
-   A head's state is read once, again for each further query that shares it, and written once: each row takes the token in and then gives its share to the output.
+   A head's state is read once, again for each further query that shares it, and written once: each row takes the token
+   in and then gives its share to the output.
 
        values [F][E]   sum of phi(k) v^T     keys [F]   sum of phi(k)     phi(x) = [softmax(x W + b), softmax(-x W - b)]
 */
@@ -65,7 +66,8 @@ INLINE void weighted(const Rows m) {
 
 /* Hedgehog's map. */
 
-/* softmax(y) of y [n], at or above FLOOR; NaN where any y is. y has room for whole vectors, and what lies beyond n is overwritten. */
+/* softmax(y) of y [n], at or above FLOOR; NaN where any y is. y has room for whole vectors, and what lies beyond n is
+   overwritten. */
 static void one_softmax(float *y, long n, const float sign, float *to) {
   float e[UP(MOST, LANES)];
   float top = sign * y[0];
@@ -92,7 +94,8 @@ static void features_of(const float *x, const float *weight, const float *bias, 
 
 /* The outputs [B, H, E] for one token's q [B, H, D], k [B, G, D] and v [B, G, E], and the state after it. States are
    [B, S, F, E] and [B, S, F], F = 2 half, for each query head (S = H) or each key-value head (S = G). W [heads, D, half]
-   and biases [heads, half] or NULL: a head for each query head (queries), each state (keys), or for all. half is at most MOST. */
+   and biases [heads, half] or NULL: a head for each query head (queries), each state (keys), or for all. half is at most
+   MOST. */
 void step(const float *q, const float *k, const float *v, const float *wq, const float *wk, const float *bq,
          const float *bk, const float *values, const float *keys, float *new_values, float *new_keys, float *out, long B,
          long H, long G, long S, long D, long half, long E, long wq_heads, long wk_heads) {
