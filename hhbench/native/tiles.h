@@ -70,16 +70,36 @@ typedef struct {
   long b_stride, depth;
 } Term;
 
-INLINE void accumulate(vec acc[8][PANEL], const int mr, const int nv, const Term t) {
-  const float *a = t.a, *b = t.b;
-  for (long k = 0; k < t.depth; k++, a += t.stride, b += t.b_stride) {
-    vec row[PANEL];
-    UNROLL for (int c = 0; c < nv; c++) row[c] = load(b + c * LANES);
-    UNROLL for (int r = 0; r < mr; r++) {
-      const vec s = all(a[r * t.row_stride]);
-      UNROLL for (int c = 0; c < nv; c++) acc[r][c] += s * row[c];
+#define RUN 32 /* products that are summed up one after another: a sum of such sums rounds less */
+
+/* What was summed up so far is put aside, to what `kept` says is there already. */
+INLINE void keep(float *aside, const int kept, vec acc[8][PANEL], const int mr, const int nv) {
+  __asm__ volatile("" : : "r"(aside) : "memory"); /* in memory, or the compiler runs out of registers */
+  UNROLL for (int r = 0; r < mr; r++) {
+    UNROLL for (int c = 0; c < nv; c++) {
+      float *to = aside + (r * PANEL + c) * LANES;
+      if (kept) acc[r][c] += load(to);
+      store(to, acc[r][c]);
+      acc[r][c] = all(0);
     }
   }
+}
+
+/* Returns whether there is something aside. */
+INLINE int accumulate(float *aside, int kept, vec acc[8][PANEL], const int mr, const int nv, const Term t) {
+  const float *a = t.a, *b = t.b;
+  for (long left = t.depth; left > 0; left -= RUN) {
+    for (long k = MIN(left, RUN); k; k--, a += t.stride, b += t.b_stride) {
+      vec row[PANEL];
+      UNROLL for (int c = 0; c < nv; c++) row[c] = load(b + c * LANES);
+      UNROLL for (int r = 0; r < mr; r++) {
+        const vec s = all(a[r * t.row_stride]);
+        UNROLL for (int c = 0; c < nv; c++) acc[r][c] += s * row[c];
+      }
+    }
+    if (left > RUN) keep(aside, kept, acc, mr, nv), kept = 1;
+  }
+  return kept;
 }
 
 INLINE Term at_place(Term t, long row, long column) {
@@ -119,8 +139,17 @@ INLINE void finish(vec acc[8][PANEL], const int mr, const int nv, const Into o, 
 
 INLINE void block(const int mr, const int nv, Term t, Term more, Into o, long row, long column) {
   vec acc[8][PANEL] = {{{0}}};
-  accumulate(acc, mr, nv, at_place(t, row, column));
-  if (more.depth) accumulate(acc, mr, nv, at_place(more, row, column));
+  float aside[8 * PANEL * LANES] __attribute__((aligned(64)));
+  int kept = accumulate(aside, 0, acc, mr, nv, at_place(t, row, column));
+  if (more.depth) {
+    keep(aside, kept, acc, mr, nv);
+    kept = 1;
+    accumulate(aside, kept, acc, mr, nv, at_place(more, row, column));
+  }
+  if (kept) {
+    UNROLL for (int r = 0; r < mr; r++)
+      UNROLL for (int c = 0; c < nv; c++) acc[r][c] += load(aside + (r * PANEL + c) * LANES);
+  }
   finish(acc, mr, nv, o, row, column);
 }
 
