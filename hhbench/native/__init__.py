@@ -2,8 +2,9 @@
 
 HHBENCH_NATIVE=1 asks for it. The C files beside this one are compiled on first use into the cache and loaded from
 there. Where they can't be, or don't serve some tensors, callers get None or False and take the form that they have.
-Hedgehog's attention has a backward pass too and takes bfloat16; sums over blocks of any other features are of float32,
-without gradients. One token of Hedgehog's after a state: `hhbench.native.step`.
+Hedgehog's attention has a backward pass too and takes bfloat16, multiplied in AMX where the CPU has it; sums over
+blocks of any other features are of float32, without gradients. One token of Hedgehog's after a state:
+`hhbench.native.step`.
 """
 
 import ctypes
@@ -73,7 +74,6 @@ def hedgehog(
         return None
     if (query_bias is None) != (key_bias is None) or library() is None:
         return None
-    ran("native")
     whole = [None if x is None else x.contiguous() for x in (q, k, v, key_mask)]
     exact = [None if x is None else x.float().contiguous() for x in learned]
     out: Tensor = _Hedgehog.apply(torch.is_grad_enabled(), *whole, *exact)
@@ -153,6 +153,8 @@ def _call(name: str, given: Sequence[Tensor | None], made: dict[str, Tensor]) ->
     )
     compiled = library()
     assert compiled is not None
+    if name == "hedgehog":
+        ran("native amx" if compiled.is_rounded(ctypes.byref(attention)) else "native")
     if getattr(compiled, name)(ctypes.byref(attention), ctypes.c_long(torch.get_num_threads())):
         raise MemoryError("no memory for the compiled linear attention")
 

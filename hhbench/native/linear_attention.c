@@ -7,6 +7,7 @@
 */
 
 #include "tiles.h"
+#include "amx.h"
 
 #define BLOCK 8 /* tiles between states that the forward pass keeps for the backward pass */
 
@@ -113,9 +114,144 @@ static void hedgehog_head(const void *job, void *room, long l) {
   }
 }
 
+#ifdef AMX
+/* The same of bfloat16 in the registers of AMX. Features and the weights of a tile are rounded to bfloat16, W and the state
+   are read as sums of two matrices of bfloat16, and sums are float32:
+
+       weights [T][T]         phi(q_i).phi(k_j), j <= i
+       state   [F][E + 16]    sum of phi(k) [v, 1]^T, padded
+       out     [T][E + 16]    numerators and, in column E, the normaliser
+*/
+
+#define HALF 64 /* the widest softmax; half is a multiple of 32, as D and E are */
+
+typedef struct {
+  float f[2 * HALF * 32], weights[32 * T], out[32 * (MOST + 16)], state[2 * HALF * (MOST + 16)], seen[T];
+  pair wq_high[HALF * MOST / 2], wq_low[HALF * MOST / 2], wk_high[HALF * MOST / 2], wk_low[HALF * MOST / 2];
+  pair across[MOST / 2 * 32], q_right[HALF * 32], q_left[T * HALF], k_right[HALF * T], k_left[2 * HALF * T / 2];
+  pair weights_left[32 * T / 2], v_right[T / 2 * (MOST + 16)];
+  pair state_right[HALF * (MOST + 16)], state_rest[HALF * (MOST + 16)], rows[T * MOST / 2];
+} Rounded;
+
+/* W [D][half] -> a left factor [half][D], and another of what that is short of. */
+static void halves_of(const float *weight, long D, long half, pair *high, pair *low) {
+  for (long m = 0; m < half; m++) {
+    for (long d = 0; d < D; d++) {
+      const float x = weight[d * half + m];
+      const uint16_t most = to_bf16(x), rest = to_bf16(x - from_bf16(most));
+      memcpy((char *)high + 2 * (m * D + d), &most, sizeof most);
+      memcpy((char *)low + 2 * (m * D + d), &rest, sizeof rest);
+    }
+  }
+}
+
+/* T rows [T][width] from element `at` of x on, zero beyond n and where padded: where they lie, or in `to`. */
+static const uint16_t *whole_rows(const void *x, long at, long n, long width, const uint8_t *attended, pair *to) {
+  const uint16_t *from = (const uint16_t *)x + at;
+  if (n == T && !attended) return from;
+  memset(to, 0, 2 * T * width);
+  for (long t = 0; t < n; t++)
+    if (!attended || attended[t]) memcpy((char *)to + 2 * t * width, from + t * width, 2 * width);
+  return (const uint16_t *)to;
+}
+
+/* Features of 32 rows x [32][D] as numbers of bfloat16, a right factor [F / 2][32], `row` apart; with a left one [F][16],
+   T / 2 apart, if they are of keys, zero then where the key is not seen. */
+INLINE void map_rounded(const uint16_t *x, const pair *high, const pair *low, const float *bias, long D, long half,
+                        const float *seen, Rounded *w, pair *right, const long row, pair *left) {
+  for (long d = 0; d < D / 2; d += 16) /* pairs go the way of floats, untouched */
+    for (long t = 0; t < 32; t += 16)
+      transposed_block((const float *)x + t * (D / 2) + d, D / 2, (float *)w->across + d * 32 + t, 32);
+  for (long m = 0; m < half; m += 32)
+    amx_rows(&(Product){high + m * (D / 2), low + m * (D / 2), D / 2, w->across, NULL, 32, D / 2}, 1, w->f + m * 32, 32, 0, 32);
+  for (long t = 0; t < 32; t += 16) {
+    float *f = w->f + t;
+    for (long m = 0; m < half && bias; m++) store(f + m * 32, load(f + m * 32) + bias[m]);
+    vec of[2];
+    two_exponentials(f, half, 32, 1, &of[0], &of[1]);
+    const vec all_or_none = seen ? load(seen + t) : all(1), least = FLOOR * all_or_none;
+    for (int side = 0; side < 2; side++) {
+      const vec scale = of[side] * all_or_none;
+      for (long m = side * half; m < (side + 1) * half; m += 2) {
+        const vec even = larger(least, load(f + m * 32) * scale), odd = larger(least, load(f + (m + 1) * 32) * scale);
+        put_side_by_side(right + m / 2 * row + t, even, odd);
+        if (left) put_16(left + m * (T / 2) + t / 2, even), put_16(left + (m + 1) * (T / 2) + t / 2, odd);
+      }
+    }
+  }
+}
+
+static void hedgehog_head_rounded(const void *job, void *room, long l) {
+  const Attention *a = job;
+  Rounded *w = room;
+  const long N = a->N, D = a->D, half = a->half, F = 2 * half, E = a->E, wide = E + 16;
+  const Place at = place_of(a, l);
+  halves_of(a->wq + at.wq * D * half, D, half, w->wq_high, w->wq_low);
+  halves_of(a->wk + at.wk * D * half, D, half, w->wk_high, w->wk_low);
+  const float *bq = a->bq ? a->bq + at.wq * half : NULL, *bk = a->bk ? a->bk + at.wk * half : NULL;
+  float *start = a->starts ? a->starts + l * UP(N, BLOCK * T) / (BLOCK * T) * F * (E + 1) : NULL;
+  Layout before;
+  amx_begins(&before);
+  for (long s = 0; s < N; s += T) {
+    const long n = MIN(N - s, T), in = at.key * N + s, out = at.query * N + s;
+    const uint8_t *attended = a->attended ? some_of(a->attended + at.b * N + s, n) : NULL;
+    if (start && s % (BLOCK * T) == 0) {
+      for (long f = 0; f < F && s; f++) memcpy(start + f * (E + 1), w->state + f * wide, sizeof(float) * (E + 1));
+      start += F * (E + 1);
+    }
+    for (long t = 0; t < T; t++) w->seen[t] = t < n && (!attended || attended[t]);
+    const uint16_t *q = whole_rows(a->q, out * D, n, D, attended, w->rows);
+    for (long t = 0; t < n; t += 32) {
+      map_rounded(q + t * D, w->wq_high, w->wq_low, bq, D, half, NULL, w, w->q_right, 32, NULL);
+      for (long f = 0; f < half; f += 16)
+        for (long i = 0; i < 32; i += 16)
+          transposed_block((const float *)w->q_right + f * 32 + i, 32, (float *)w->q_left + (t + i) * HALF + f, HALF);
+    }
+    const uint16_t *k = whole_rows(a->k, in * D, n, D, attended, w->rows);
+    for (long t = 0; t < T; t += 32)
+      map_rounded(k + t * D, w->wk_high, w->wk_low, bk, D, half, w->seen + t, w, w->k_right + t, T, w->k_left + t / 2);
+    to_right_with_ones(whole_rows(a->v, in * E, n, E, attended, w->rows), E, w->v_right);
+
+    for (long from = 0; from < n; from += 32) { /* these queries meet the keys of this half and of the one before */
+      const long to = from + 32;
+      const pair *left = w->q_left + from * HALF;
+      amx_rows(&(Product){left, NULL, HALF, w->k_right, NULL, T, half}, 1, w->weights, T, 0, to);
+      lower_to_left(w->weights, from, to, w->weights_left);
+      const Product near_and_far[2] = {
+        {w->weights_left, NULL, T / 2, w->v_right, NULL, wide, to / 2},
+        {left, NULL, HALF, w->state_right, w->state_rest, wide, half},
+      };
+      amx_rows(near_and_far, s ? 2 : 1, w->out, wide, 0, wide);
+      for (long i = from; i < MIN(n, to); i++) {
+        const float *x = w->out + (i - from) * wide, den = x[E], of_den = den != 0.0f ? 1.0f / den : 0.0f;
+        for (long e = 0; e < E; e += 32)
+          put_32((char *)a->out + 2 * ((out + i) * E + e), load(x + e) * of_den, load(x + e + 16) * of_den, 0xffffffff);
+        if (a->of_den) a->of_den[out + i] = of_den;
+      }
+    }
+    for (long f = 0; f < F && s + T < N; f += 32) {
+      const Product more = {w->k_left + f * (T / 2), NULL, T / 2, w->v_right, NULL, wide, T / 2};
+      amx_rows(&more, 1, w->state + f * wide, wide, s > 0, wide);
+      to_right(w->state + f * wide, 32, wide, w->state_right + f / 2 * wide, w->state_rest + f / 2 * wide);
+    }
+  }
+  amx_ends(&before);
+}
+
+/* Whether the outputs are to be formed so. */
+int is_rounded(const Attention *a) {
+  return a->bf16 && a->D % 32 == 0 && a->E % 32 == 0 && a->half % 32 == 0 && a->half <= HALF && amx_is_allowed();
+}
+#else
+int is_rounded(const Attention *a) { return (void)a, 0; }
+#endif
+
 /* The outputs; 0: done. */
 int hedgehog(const Attention *a, long threads) {
   if (a->D > MOST || a->half > MOST || a->E > MOST) return 2;
+#ifdef AMX
+  if (is_rounded(a)) return run(hedgehog_head_rounded, a, sizeof(Rounded), a->B * a->H, threads);
+#endif
   return run(hedgehog_head, a, sizeof(Work), a->B * a->H, threads);
 }
 

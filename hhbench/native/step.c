@@ -75,7 +75,7 @@ static void one_softmax(float *y, long n, const float sign, float *to) {
   vec tops = all(top);
   for (long i = 0; i < n; i += LANES) tops = larger(tops, sign * load(y + i));
   for (int l = 0; l < LANES; l++) top = tops[l] > top ? tops[l] : top;
-  for (long i = 0; i < n; i += LANES) store(e + i, exp_below(sign * load(y + i) - top));
+  for (long i = 0; i < n; i += LANES) store(e + i, exp_below(sign * load(y + i) - top, 0));
   for (long i = n; i < UP(n, LANES); i++) e[i] = 0;
   vec sums = {0};
   float sum = 0;

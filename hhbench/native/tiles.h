@@ -49,17 +49,16 @@ INLINE vec masked(vec x, ivec take) { return (vec)((ivec)x & take); }
 INLINE vec either(ivec take, vec a, vec b) { return (vec)(((ivec)a & take) | ((ivec)b & ~take)); }
 
 /* b where either is NaN: it goes on if it is given second. */
-INLINE vec larger(vec a, vec b) {
 #if LANES == 16
-  return (vec)_mm512_max_ps((__m512)a, (__m512)b);
+INLINE vec larger(vec a, vec b) { return (vec)_mm512_max_ps((__m512)a, (__m512)b); }
+INLINE vec smaller(vec a, vec b) { return (vec)_mm512_min_ps((__m512)a, (__m512)b); }
 #elif LANES == 8
-  return (vec)_mm256_max_ps((__m256)a, (__m256)b);
+INLINE vec larger(vec a, vec b) { return (vec)_mm256_max_ps((__m256)a, (__m256)b); }
+INLINE vec smaller(vec a, vec b) { return (vec)_mm256_min_ps((__m256)a, (__m256)b); }
 #else
-  return either(a > b, a, b);
+INLINE vec larger(vec a, vec b) { return either(a > b, a, b); }
+INLINE vec smaller(vec a, vec b) { return either(a < b, a, b); }
 #endif
-}
-
-INLINE vec smaller(vec a, vec b) { return -larger(-a, -b); }
 
 /* Products of matrices: mr rows and nv vectors of columns at a time, sum_k a(row, k) b[k]. */
 
@@ -231,60 +230,74 @@ static void transpose(const float *from, long stride, long n, long width, float 
 #define LN2_LOW 1.42860682030941723e-6f
 #define ROUND 12582912.0f /* 1.5 * 2^23: a float this large has no fraction */
 
-/* exp(x) and exp(-x), |x| <= SAFE or so: even and odd powers of the remainder, which they share. */
-INLINE void exp_both(vec x, vec *up, vec *down) {
+/* exp(x) and exp(-x), |x| <= SAFE or so: even and odd powers of the remainder, which they share. `rough`: to 5e-5 of
+   them, for features that are rounded to bfloat16. */
+INLINE void exp_both(vec x, vec *up, vec *down, const int rough) {
   const vec t = x * LOG2E + ROUND, n = t - ROUND;
   vec r = x - n * LN2_HIGH;
   r = r - n * LN2_LOW;
   const vec s = r * r;
-  const vec even = 1.0f + s * (0.5f + s * (4.16666666667e-2f + s * (1.38888888889e-3f + s * 2.48015873e-5f)));
-  const vec odd = r * (1.0f + s * (1.66666666667e-1f + s * (8.33333333333e-3f + s * 1.98412698e-4f)));
+  vec even = 0.5f + s * 4.16666666667e-2f, odd = all(1.66666666667e-1f);
+  if (!rough) {
+    even = 0.5f + s * (4.16666666667e-2f + s * (1.38888888889e-3f + s * 2.48015873e-5f));
+    odd = 1.66666666667e-1f + s * (8.33333333333e-3f + s * 1.98412698e-4f);
+  }
+  even = 1.0f + s * even, odd = r * (1.0f + s * odd);
   const ivec power = (ivec)t << 23;
   *up = (vec)((ivec)(even + odd) + power);
   *down = (vec)((ivec)(even - odd) - power);
 }
 
 /* exp(x) of x <= 0. */
-INLINE vec exp_below(vec x) {
+INLINE vec exp_below(vec x, const int rough) {
   vec up, down;
-  exp_both(larger(all(-86.0f), x), &up, &down);
+  exp_both(larger(all(-86.0f), x), &up, &down, rough);
   return up;
+}
+
+/* A vector of tokens. y, the first half rows of f, which lie `row` apart -> numerators of softmax(y) there and those of
+   softmax(-y) in as many rows below, and 1 / their sums. */
+INLINE void two_exponentials(float *f, long half, const long row, const int rough, vec *of_up, vec *of_down) {
+  float *g = f + half * row;
+  vec top = load(f), low = top, nan = 0.0f * top; /* whatever bits it has, which the exponential adds to */
+  for (long i = 1; i < half; i++) {
+    const vec y = load(f + i * row);
+    top = larger(top, y);
+    low = smaller(low, y);
+    nan += 0.0f * y;
+  }
+  const vec middle = 0.5f * top + 0.5f * low, spread = 0.5f * top - 0.5f * low;
+  const ivec far = spread > SAFE; /* each token for itself: a later one must not change the rounding of an earlier one */
+  int wide = 0;
+  for (int l = 0; l < LANES; l++) wide |= far[l];
+  vec sum_up = nan, sum_down = nan;
+  if (wide) {
+    for (long i = 0; i < half; i++) {
+      const vec y = load(f + i * row);
+      vec up, down;
+      exp_both(y - middle, &up, &down, rough);
+      up = either(far, exp_below(y - top, rough), up), down = either(far, exp_below(low - y, rough), down);
+      sum_up += up, sum_down += down;
+      store(f + i * row, up), store(g + i * row, down);
+    }
+  } else {
+    for (long i = 0; i < half; i++) {
+      vec up, down;
+      exp_both(load(f + i * row) - middle, &up, &down, rough);
+      sum_up += up, sum_down += down;
+      store(f + i * row, up), store(g + i * row, down);
+    }
+  }
+  *of_up = 1.0f / sum_up, *of_down = 1.0f / sum_down;
 }
 
 /* y [half][T] -> softmax(y) in the first half of f [2 half][T], softmax(-y) in the second. y is the first half. */
 static void two_softmaxes(float *f, long half, long tokens) {
   float *g = f + half * T;
+  const vec least = all(FLOOR);
   for (long t = 0; t < tokens; t += LANES) {
-    vec top = load(f + t), low = top, nan = 0.0f * top; /* whatever bits it has, which the exponential adds to */
-    for (long i = 1; i < half; i++) {
-      const vec y = load(f + i * T + t);
-      top = larger(top, y);
-      low = smaller(low, y);
-      nan += 0.0f * y;
-    }
-    const vec middle = 0.5f * top + 0.5f * low, spread = 0.5f * top - 0.5f * low;
-    const ivec far = spread > SAFE; /* each token for itself: a later one must not change the rounding of an earlier one */
-    int wide = 0;
-    for (int l = 0; l < LANES; l++) wide |= far[l];
-    vec sum_up = nan, sum_down = nan;
-    if (wide) {
-      for (long i = 0; i < half; i++) {
-        const vec y = load(f + i * T + t);
-        vec up, down;
-        exp_both(y - middle, &up, &down);
-        up = either(far, exp_below(y - top), up), down = either(far, exp_below(low - y), down);
-        sum_up += up, sum_down += down;
-        store(f + i * T + t, up), store(g + i * T + t, down);
-      }
-    } else {
-      for (long i = 0; i < half; i++) {
-        vec up, down;
-        exp_both(load(f + i * T + t) - middle, &up, &down);
-        sum_up += up, sum_down += down;
-        store(f + i * T + t, up), store(g + i * T + t, down);
-      }
-    }
-    const vec of_up = 1.0f / sum_up, of_down = 1.0f / sum_down, least = all(FLOOR);
+    vec of_up, of_down;
+    two_exponentials(f + t, half, T, 0, &of_up, &of_down);
     for (long i = 0; i < half; i++) {
       store(f + i * T + t, larger(least, load(f + i * T + t) * of_up));
       store(g + i * T + t, larger(least, load(g + i * T + t) * of_down));
@@ -339,6 +352,19 @@ static void clear_padded(float *f, const uint8_t *attended, long n, long F) {
 
 /* Inputs and outputs, float32 or bfloat16. */
 
+INLINE uint16_t to_bf16(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16; /* to even; NaN */
+}
+
+INLINE float from_bf16(uint16_t x) {
+  const uint32_t bits = (uint32_t)x << 16;
+  float found;
+  memcpy(&found, &bits, sizeof found);
+  return found;
+}
+
 /* Which of the n tokens are not padded, or NULL where all are. */
 static const uint8_t *some_of(const uint8_t *attended, long n) { return attended && memchr(attended, 0, n) ? attended : NULL; }
 
@@ -347,10 +373,7 @@ static const float *rows_of(const void *x, long at, long n, long width, int bf16
   if (!bf16 && !attended) return (const float *)x + at;
   if (bf16) {
     const uint16_t *from = (const uint16_t *)x + at;
-    for (long i = 0; i < n * width; i++) {
-      const uint32_t bits = (uint32_t)from[i] << 16;
-      memcpy(to + i, &bits, sizeof bits);
-    }
+    for (long i = 0; i < n * width; i++) to[i] = from_bf16(from[i]);
   } else {
     memcpy(to, (const float *)x + at, sizeof(float) * n * width);
   }
@@ -365,11 +388,7 @@ INLINE float *place(void *x, long at, int bf16, float *aside) { return bf16 ? as
 static void put(void *x, long at, long count, int bf16, const float *aside) {
   if (!bf16) return;
   uint16_t *to = (uint16_t *)x + at;
-  for (long i = 0; i < count; i++) {
-    uint32_t bits;
-    memcpy(&bits, aside + i, sizeof bits);
-    to[i] = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16; /* to even; NaN */
-  }
+  for (long i = 0; i < count; i++) to[i] = to_bf16(aside[i]);
 }
 
 /* rows [n][width] -> to [UP(n, 16)][wide], padded with zeros. */

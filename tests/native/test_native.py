@@ -2,6 +2,7 @@
 
 import logging
 import platform
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,10 +25,28 @@ LENGTHS = {
 CASES = LENGTHS | {name: form | {"N": 150} for name, form in FORMS.items()}
 
 
+CPU = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+# Of bfloat16, widths that are multiples of 32, up to 64 for a softmax.
+AMX = "native amx" if "amx_bf16" in CPU and "avx512_bf16" in CPU and platform.system() == "Linux" else "native"
+ROUNDED = {
+    "two tokens": {"B": 1, "H": 2, "N": 2, "D": 32, "E": 32},
+    "half a tile": {"B": 1, "H": 2, "N": 32, "D": 64, "E": 64},
+    "a tile and one": {"B": 2, "H": 2, "N": 65, "D": 64, "E": 32},
+    "several blocks": {"B": 2, "H": 4, "G": 2, "N": 600, "D": 32, "E": 96, "half": 64, "bias": True},
+    "widest": {"B": 1, "H": 2, "N": 150, "D": 128, "E": 128, "half": 32, "share_kv_heads": True},
+    "long": {"B": 1, "H": 1, "N": 2048, "D": 64, "E": 64},
+}
+
+
+def rounded(make_shape, case):
+    attention, inputs = hedgehog(make_shape, **ROUNDED[case])
+    return attention, [x.bfloat16() for x in inputs]
+
+
 def ran_native(attention, inputs, **more):
     with torch.inference_mode(), kernels() as seen:
         out = attention(*inputs, **more)
-    return out, "native" in seen
+    return out, not seen.keys().isdisjoint({"native", AMX})
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -185,11 +204,11 @@ def gradients(attention, inputs, d_out: Tensor, **more) -> tuple[Tensor, list[Te
     return out.detach(), list(torch.autograd.grad(out, [*leaves, *attention.parameters()], d_out))
 
 
-def learns_as_the_definition(attention, inputs, *, at_most: float, **more) -> None:
+def learns_as_the_definition(attention, inputs, *, at_most: float, kernel: str = "native", **more) -> None:
     d_out = torch.randn(*inputs[0].shape[:3], inputs[2].shape[3]).to(inputs[0])
     with kernels() as seen:
         out, found = gradients(attention, inputs, d_out, **more)
-    assert seen == {"native": 1}
+    assert seen == {kernel: 1}
     exact = attention.double()
     truth, expected = gradients(exact, [x.double() for x in inputs], d_out.double(), form="quadratic", **more)
     assert distance(out, truth) <= at_most
@@ -296,6 +315,67 @@ def test_bfloat16_is_summed_in_float32(compiler, make_shape, padding):
     attention, inputs = hedgehog(make_shape, B=2, H=4, G=2, N=150, D=16, E=16, bias=True)
     mask = padded(2, 150) if padding else None
     learns_as_the_definition(attention, [x.bfloat16() for x in inputs], at_most=5e-3, key_mask=mask)
+
+
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("case", ROUNDED)
+def test_bfloat16_that_is_multiplied_in_amx(compiler, make_shape, case, padding):
+    attention, inputs = rounded(make_shape, case)
+    mask = padded(inputs[0].shape[0], inputs[0].shape[2]) if padding else None
+    learns_as_the_definition(attention, inputs, at_most=8e-3, kernel=AMX, key_mask=mask)
+
+
+def test_a_long_sum_of_bfloat16_stays_accurate(compiler, make_shape):
+    attention, (q, k, v) = hedgehog(make_shape, B=1, H=1, N=16384, D=64, E=64)
+    q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
+    out, native_ran = ran_native(attention, (q, k, v))
+    with torch.inference_mode():
+        truth = attention.double()(q.double(), k.double(), v.double())
+    assert native_ran and distance(out[:, :, -256:], truth[:, :, -256:]) <= 4e-3
+
+
+def test_later_tokens_change_nothing_earlier_in_amx(compiler, make_shape):
+    attention, inputs = rounded(make_shape, "several blocks")
+    whole, native_ran = ran_native(attention, inputs)
+    for at in (1, 31, 64, 70, 599):
+        changed = [x.clone() for x in inputs]
+        for x in changed:
+            x[:, :, at:] *= 1000
+        assert torch.equal(ran_native(attention, changed)[0][:, :, :at], whole[:, :, :at])
+        short, _ = ran_native(attention, [x[:, :, :at] for x in inputs])
+        assert torch.equal(short, whole[:, :, :at])
+    assert native_ran
+
+
+def test_what_padding_holds_does_not_matter_in_amx(compiler, make_shape):
+    attention, inputs = rounded(make_shape, "several blocks")
+    mask = padded(2, 600)
+    out, native_ran = ran_native(attention, inputs, key_mask=mask)
+    spoilt = [x.masked_fill(~mask[:, None, :, None], torch.nan) for x in inputs]
+    again, _ = ran_native(attention, spoilt, key_mask=mask)
+    assert native_ran and torch.equal(out, again) and (out[0, :, :80] == 0).all()
+
+
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_no_number_is_not_hidden_in_amx(compiler, make_shape, which, value):
+    attention, inputs = hedgehog(make_shape, B=1, H=2, N=200, D=64, E=32)
+    inputs["qkv".index(which)][:, 0, 100, 3] = value
+    out, native_ran = ran_native(attention, [x.bfloat16() for x in inputs])
+    spoilt = slice(100, 101) if which == "q" else slice(100, None)
+    assert native_ran and out.isfinite()[:, 1].all()
+    assert which == "v" or out.isfinite()[:, 0, :100].all()
+    assert not out[:, 0, spoilt, slice(3, 4) if which == "v" else slice(None)].isfinite().any()
+
+
+def test_amx_leaves_torch_its_own(compiler, make_shape):
+    """Both lay out the registers of one thread; torch's products go on as if nothing had been between them."""
+    attention, inputs = rounded(make_shape, "half a tile")
+    a, b = torch.randn(2, 256, 256).bfloat16()
+    expected, out = a @ b, ran_native(attention, inputs)[0]
+    for _ in range(3):
+        assert torch.equal(a @ b, expected)
+        assert torch.equal(ran_native(attention, inputs)[0], out)
 
 
 def test_only_what_learns_gets_gradients(compiler, make_shape):
