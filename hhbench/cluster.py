@@ -17,7 +17,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from hhbench import stopping
 from hhbench.config import RunConfig
-from hhbench.errors import HHBenchError, UsageError
+from hhbench.errors import HHBenchError
 from hhbench.result import TOLD
 
 
@@ -28,12 +28,9 @@ def on_all_devices(config: RunConfig, *flags: str) -> list[Path]:
         flags: further ones of the command.
 
     Raises:
-        UsageError: it is to run on more machines than this one.
         HHBenchError: a process failed; what it said stands above.
         Stopped: a signal came, and the processes kept a checkpoint.
     """
-    if config.num_nodes > 1:
-        raise UsageError("--num-nodes needs a launcher: torchrun on each machine, srun, or hhbench submit")
     config.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=config.out) as folder:
         settings, told = Path(folder) / "run.yaml", Path(folder) / "result-path"
