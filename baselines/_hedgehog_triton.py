@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hhbench.attention import repeat_heads
-from hhbench.linear_attention import FLOOR
+from hhbench.linear_sum import FLOOR
 
 WIDTHS = (16, 32, 64, 128)  # of D, F and E: what a tile of a tensor-core product can be
 ACTIVATIONS = ("softmax", "joint-softmax")

@@ -21,7 +21,7 @@ from hhbench.attention import (
 )
 from hhbench.errors import UsageError
 from hhbench.kernels import ran
-from hhbench.linear_attention import finite
+from hhbench.linear_sum import finite
 from hhbench.state import DecodingState
 from hhbench.window import num_pairs
 

@@ -11,7 +11,7 @@ from hhbench import native
 from hhbench.attention import FeatureMap, MixerShape, identity_weight, project, register_attention
 from hhbench.errors import UsageError
 from hhbench.kernels import ran
-from hhbench.linear_attention import FLOOR, LinearState, Sums
+from hhbench.linear_sum import FLOOR, LinearState, Sums
 from hhbench.native.step import hedgehog_step
 
 MANY = 2**14  # elements from which it pays to look at them first

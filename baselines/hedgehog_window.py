@@ -21,7 +21,7 @@ from hhbench.attention import (
 from hhbench.baselines.hedgehog import Hedgehog
 from hhbench.errors import UsageError, unknown_name
 from hhbench.kernels import ran
-from hhbench.linear_attention import FORMS, divide
+from hhbench.linear_sum import FORMS, divide
 from hhbench.window import (
     Blocks,
     WindowState,

@@ -2,7 +2,7 @@
 
 What a CPU wants. Nothing as long as the sequence is kept but inputs, outputs, normalisers and a pair of sums for each
 block; the backward pass computes the rest again, and the features with autograd, so that any feature map works. The
-forms of `hhbench.linear_attention` are the truth for it: outputs and gradients are theirs to rounding.
+forms of `hhbench.linear_sum` are the truth for it: outputs and gradients are theirs to rounding.
 
     u_i = sum_{j <= i} phi(q_i).phi(k_j) [v_j, 1]        out_i = u_i without its last column / its last column
     S   = sum_j phi(k_j) [v_j, 1]^T over the tokens of earlier chunks, divided by exp of their largest log scale
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from hhbench import native
-from hhbench.linear_attention import Sums, finite
+from hhbench.linear_sum import Sums, finite
 
 BLOCK = 256  # tokens that are mapped at once
 CHUNK = 64  # tokens that meet pair by pair

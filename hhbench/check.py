@@ -37,7 +37,7 @@ from hhbench.attention import (
     repeat_heads,
 )
 from hhbench.errors import HHBenchError, in_one_line, unknown_name
-from hhbench.linear_attention import CHUNK, FORMS
+from hhbench.linear_sum import CHUNK, FORMS
 from hhbench.state import DecodingState
 
 log = logging.getLogger("hhbench")

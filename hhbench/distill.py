@@ -27,7 +27,6 @@ from torch.nn.functional import mse_loss
 from hhbench.attention import (
     ATTENTIONS,
     Attention,
-    LinearAttention,
     repeat_heads,
     sum_dtype,
     token_positions,
@@ -35,6 +34,7 @@ from hhbench.attention import (
 )
 from hhbench.errors import HHBenchError, unknown_name
 from hhbench.hosts import AttentionSlot, Interceptor, slots
+from hhbench.linear_attention import LinearAttention
 
 QUERY_BLOCK = 256  # queries at a time, at most
 PAIRS = 2**17  # pairs of a query and a key at a time, for each head and sequence: 32 queries of 4,096 tokens

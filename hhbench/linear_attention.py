@@ -1,213 +1,396 @@
-"""Linear attention: one sum in three forms.
+"""Linear attention as a module: feature maps, and around the sum groups of heads, padding, positions and state.
 
-    output_i = sum_j phi(q_i).phi(k_j) v_j / sum_j phi(q_i).phi(k_j)        j <= i if causal, attended keys only
-
-(Katharopoulos et al. 2020.) The quadratic form writes the weights out and is the truth. The chunked form carries the
-two sums from chunk to chunk, in O(N) time and memory. The recurrent form takes one token at a time. All three agree to
-rounding, outputs and gradients.
-
-The keys of exponential maps come with a log scale. The sums carry the running maximum of the log scales of the keys
-seen so far and are rescaled as it grows: it never looks at a later or a padded key, and it cancels in the quotient.
-
-Everything here takes mapped queries and keys of any leading dimensions; `hhbench.attention.LinearAttention` maps them,
-masks them and picks the form.
+It picks the form: of `hhbench.linear_sum`, of `hhbench.blockwise`, or what a feature map computes on its own.
 """
 
-from dataclasses import dataclass
+import copy
+import dataclasses
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
-from torch.nn.functional import pad
+from torch import Tensor, nn
 
-from hhbench.state import DecodingState
-
-FLOOR = 1e-12  # features lie at or above it, in all forms alike
-CHUNK = 128
-FORMS = ("auto", "quadratic", "chunked", "recurrent")
-
-
-@dataclass(frozen=True)
-class LinearState(DecodingState):
-    """What a causal linear attention remembers of any number of tokens. G is H unless a state serves a group of heads.
-
-    Attributes:
-        values: sum of phi(k) v^T, [B, G, F, E].
-        keys: sum of phi(k), [B, G, F].
-        log_max: the running maximum of the keys' log scales, [B, G]; both sums are divided by its exponential.
-        num_attended: attended tokens so far, int64 [B]; the next one's position.
-    """
-
-    values: Tensor
-    keys: Tensor
-    log_max: Tensor
-    num_attended: Tensor
-
-
-@dataclass(frozen=True)
-class Keys:
-    """Mapped keys with padded ones already zero. Features [..., N, F], values [..., N, E], log_scale [..., N]."""
-
-    features: Tensor
-    values: Tensor
-    log_scale: Tensor | None
-
-    def __getitem__(self, tokens: slice) -> "Keys":
-        scale = None if self.log_scale is None else self.log_scale[..., tokens]
-        return Keys(self.features[..., tokens, :], self.values[..., tokens, :], scale)
+from hhbench import blockwise
+from hhbench.attention import (
+    Attention,
+    FeatureMap,
+    MixerShape,
+    check_inputs,
+    refuse_state_unless_causal,
+    repeat_heads,
+    sum_dtype,
+    token_positions,
+    without_autocast,
+    zero_padding,
+)
+from hhbench.blockwise import Job
+from hhbench.errors import UsageError, unknown_name
+from hhbench.kernels import ran
+from hhbench.linear_sum import (
+    CHUNK,
+    FLOOR,
+    FORMS,
+    Keys,
+    LinearState,
+    Sums,
+    bidirectional,
+    chunked,
+    divide,
+    empty_sums,
+    quadratic,
+    quadratic_scores,
+    recurrent,
+    step,
+)
+from hhbench.window import num_pairs
 
 
-@dataclass(frozen=True)
-class Sums:
-    """The two running sums, divided by exp(log_max)."""
+class LinearAttention(Attention):
+    """Attention through a pair of feature maps. The maps are the attention's own; the sum is hhbench's.
 
-    values: Tensor  # [..., F, E]
-    keys: Tensor  # [..., F]
-    log_max: Tensor  # [...]
-
-    def add(self, keys: Keys) -> "Sums":
-        """The sums after these keys."""
-        before, features = self, keys.features
-        if keys.log_scale is not None:
-            log_max = torch.maximum(self.log_max, keys.log_scale.amax(-1)).detach()
-            top = finite(log_max)
-            kept = (self.log_max - top).exp()[..., None]
-            before = Sums(self.values * kept[..., None], self.keys * kept, log_max)
-            features = features * (keys.log_scale - top[..., None]).exp()[..., None]
-        if features.shape[-2] == 1:  # a token that is decoded: one pass over the sums, no product of matrices
-            values = torch.addcmul(before.values, features.mT, keys.values)
-            return Sums(values, before.keys + features.squeeze(-2), before.log_max)
-        return Sums(before.values + features.mT @ keys.values, before.keys + features.sum(-2), before.log_max)
-
-
-def finite(log_max: Tensor) -> Tensor:
-    """0 where no key was seen yet, so that exp(-inf - log_max) is 0 and not NaN."""
-    return log_max.masked_fill(log_max == -torch.inf, 0.0)
-
-
-def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """The quotient; zero, with zero gradients, where a query has no key to attend to."""
-    return numerator / denominator.masked_fill(denominator == 0, 1.0)[..., None]
-
-
-def _running_max(keys: Keys, start: Tensor) -> Tensor:
-    assert keys.log_scale is not None
-    return torch.maximum(start[..., None], keys.log_scale.cummax(-1).values).detach()
-
-
-def _relative_scale(log_scale: Tensor, top: Tensor) -> Tensor:
-    """exp(log_scale_j - top_i), [..., N, M].
-
-    Keys that a causal query must not see may lie above its maximum: theirs is kept finite, at 1. Not by a clamp, whose
-    gradient at its bound, where the largest key lies, is 0 in some versions of torch and 1 in others.
-    """
-    relative = log_scale[..., None, :] - top[..., None]
-    return relative.masked_fill(relative > 0, 0.0).exp()
-
-
-def quadratic_scores(queries: Tensor, keys: Keys, *, causal: bool) -> Tensor:
-    """phi(q_i).phi(k_j) for every pair that may meet, [..., N, M], each row up to a factor; the other pairs are 0."""
-    num_queries, num_keys = queries.shape[-2], keys.features.shape[-2]
-    scores = queries @ keys.features.mT
-    if keys.log_scale is not None:
-        if causal:
-            top = keys.log_scale.cummax(-1).values[..., num_keys - num_queries :].detach()
-        else:
-            top = keys.log_scale.amax(-1, keepdim=True).detach().expand(*keys.log_scale.shape[:-1], num_queries)
-        scores = scores * _relative_scale(keys.log_scale, finite(top))
-    return scores.tril(num_keys - num_queries) if causal else scores
-
-
-def quadratic(queries: Tensor, keys: Keys, *, causal: bool) -> Tensor:
-    """The sum with its weights written out: O(N M) memory, and the truth for the other forms."""
-    scores = quadratic_scores(queries, keys, causal=causal)
-    return divide(scores @ keys.values, scores.sum(-1))
-
-
-def chunked(queries: Tensor, keys: Keys, sums: Sums | None, *, chunk_size: int = CHUNK) -> Tensor:
-    """The causal sum, quadratic within a chunk and by running sums across chunks: O(N) time and memory.
-
-    All chunks at once, in a few large products, as accelerators want it (for CPUs see `hhbench.blockwise`). Where keys
-    have log scales, one chunk after the other: their running maximum is not known before.
-    """
-    if keys.log_scale is not None:
-        return _chunk_by_chunk(queries, keys, sums, chunk_size)
-    length = queries.shape[-2]
-    surplus = -length % chunk_size
-
-    def cut(x: Tensor) -> Tensor:
-        """[..., N, X] -> [..., chunks, chunk_size, X], filled up with zeros."""
-        x = pad(x, (0, 0, 0, surplus))
-        return x.view(*x.shape[:-2], -1, chunk_size, x.shape[-1])
-
-    q, features, values = cut(queries), cut(keys.features), cut(pad(keys.values, (0, 1), value=1.0))
-    start = empty_sums(keys) if sums is None else sums
-    first = torch.cat([start.values, start.keys[..., None]], dim=-1).unsqueeze(-3)
-    before = torch.cat([first, features[..., :-1, :, :].mT @ values[..., :-1, :, :]], dim=-3).cumsum(-3)
-    both = (q @ features.mT).tril() @ values + q @ before
-    both = both.flatten(-3, -2)[..., :length, :]
-    return divide(both[..., :-1], both[..., -1])
-
-
-def _chunk_by_chunk(queries: Tensor, keys: Keys, sums: Sums | None, chunk_size: int) -> Tensor:
-    """`chunked` for keys with log scales."""
-    outputs = []
-    num_tokens = queries.shape[-2]
-    for start in range(0, num_tokens, chunk_size):
-        tokens = slice(start, start + chunk_size)
-        q, chunk = queries[..., tokens, :], keys[tokens]
-        assert chunk.log_scale is not None
-        sums = empty_sums(chunk) if sums is None else sums
-        top = finite(_running_max(chunk, sums.log_max))
-        scores = ((q @ chunk.features.mT) * _relative_scale(chunk.log_scale, top)).tril()
-        q = q * (sums.log_max[..., None] - top).exp()[..., None]
-        numerator = scores @ chunk.values + q @ sums.values
-        denominator = scores.sum(-1) + (q @ sums.keys[..., None]).squeeze(-1)
-        outputs.append(divide(numerator, denominator))
-        if start + chunk_size < num_tokens:
-            sums = sums.add(chunk)
-    return torch.cat(outputs, dim=-2)
-
-
-def recurrent(queries: Tensor, keys: Keys, sums: Sums | None) -> tuple[Tensor, Sums]:
-    """The causal sum one token at a time, as decoding does it, and the sums after the last token."""
-    sums = sums or empty_sums(keys)
-    outputs = []
-    for i in range(queries.shape[-2]):
-        token = slice(i, i + 1)
-        sums = sums.add(keys[token])
-        q = queries[..., token, :]
-        outputs.append(divide(q @ sums.values, (q @ sums.keys[..., None]).squeeze(-1)))
-    return torch.cat(outputs, dim=-2), sums
-
-
-def step(queries: Tensor, token: Keys, sums: Sums, *, may_be_blind: bool) -> tuple[Tensor, Sums]:
-    """One token after others, in as few operations as it takes: `recurrent` without leading dimensions of any number.
+    Features, sums and normaliser are float32 for inputs of 32 bits or fewer and float64 for float64, under autocast
+    too: a running sum in bfloat16 stops growing at 256 equal terms.
 
     Args:
-        queries: [B, H, 1, F].
-        token: its key, [B, G, 1, .]; H / G queries each see one.
-        sums: [B, G, ...].
-        may_be_blind: whether a query may have no key to attend to.
+        shape: where it sits.
+        make_map: makes a feature map for a shape.
+        tie_qk: one map for queries and keys.
+        share_kv_heads: with grouped queries, one key map and one state per key-value head. By default keys are
+            repeated before the map, so that every query head has its own.
+
+    Attributes:
+        floored_rows: query and key rows whose features all lay at or below FLOOR, counted in evaluation mode: such
+            a query attends evenly, such a key is hardly seen.
     """
-    sums = sums.add(token)
-    B, G, F, E = sums.values.shape
-    rows = queries.reshape(B * G, -1, F)
-    numerator = torch.bmm(rows, sums.values.reshape(B * G, F, E))
-    denominator = torch.bmm(rows, sums.keys.reshape(B * G, F, 1))
-    out = divide(numerator, denominator.squeeze(-1)) if may_be_blind else numerator / denominator
-    return out.view(B, -1, 1, E), sums
+
+    has_state = True
+    ordered_by_positions = True
+    floored_rows: Tensor
+
+    def __init__(
+        self,
+        shape: MixerShape,
+        make_map: Callable[[MixerShape], FeatureMap],
+        *,
+        tie_qk: bool = False,
+        share_kv_heads: bool = False,
+    ) -> None:
+        super().__init__(shape)
+        self.share_kv_heads = share_kv_heads and shape.num_kv_heads < shape.num_heads
+        self.query_map = make_map(shape)
+        if tie_qk and self.share_kv_heads and not self.query_map.tied:
+            raise UsageError("tie_qk needs a key map per query head; share_kv_heads has one per key-value head")
+        if tie_qk or self.query_map.tied:
+            self.key_map = self.query_map
+        elif self.share_kv_heads:
+            self.key_map = make_map(shape_for_keys(shape))
+        else:  # a random map starts alike for both: two draws would know nothing of q.k
+            self.key_map = copy.deepcopy(self.query_map)
+        self.register_buffer("floored_rows", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    def forward(  # type: ignore[override]  # a state goes in and comes out on request
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        state: LinearState | None = None,
+        return_state: bool = False,
+        form: str = "auto",
+    ) -> Tensor | tuple[Tensor, LinearState]:
+        """The output [B, H, N, E], and the state after the last token if asked for.
+
+        Args:
+            state: what a causal attention remembers of earlier tokens; q, k and v then continue them.
+            return_state: return (output, state).
+            form: "quadratic", "chunked" or "recurrent"; "auto" takes the cheapest for the shape.
+            For the others see `Attention.forward`.
+        """
+        check_inputs(self.shape, q, k, v, key_mask)
+        if form not in FORMS:
+            raise unknown_name("form", form, FORMS)
+        if state is not None or return_state:
+            refuse_state_unless_causal(self.shape)
+        with without_autocast(q.device):
+            if (
+                state is not None
+                and key_mask is None
+                and q.shape[2] == k.shape[2] == 1
+                and form in ("auto", "recurrent")
+            ):
+                out, state = self._step(q, k, v, positions, state)
+                return (out, state) if return_state else out
+            if form == "auto" and state is None and not return_state and 1 < q.shape[2] == k.shape[2]:
+                whole = self.query_map.fused(self.key_map, q, k, v, causal=self.shape.causal, key_mask=key_mask)
+                if whole is not None:
+                    return whole
+            attended = self._attended(k, key_mask, state) if return_state else None
+            if positions is None:
+                positions = self._positions(k, key_mask, state)
+            sums = self._sums(state)
+            extra = k.shape[2] - q.shape[2] if self.shape.causal else 0
+            if extra:  # keys before the first query: a cache holds tokens that came earlier
+                old, new = slice(0, extra), slice(extra, None)
+                mask = None if key_mask is None else key_mask[:, old]
+                sums = self._after(sums, self._mapped_keys(k[:, :, old], v[:, :, old], mask, positions[:, old]))
+                k, v, positions = k[:, :, new], v[:, :, new], positions[:, new]
+                key_mask = None if key_mask is None else key_mask[:, new]
+            out, sums = self._sum(q, k, v, key_mask, positions, sums, form, need_sums=return_state)
+            if not return_state:
+                return out
+            assert sums is not None and attended is not None
+            return out, LinearState(sums.values, sums.keys, sums.log_max, attended)
+
+    def weights(
+        self, q: Tensor, k: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        check_inputs(self.shape, q, k, None, key_mask)
+        with without_autocast(q.device):
+            if positions is None:
+                positions = self._positions(k, key_mask, None)
+            queries, keys = self._mapped(q, k, k, key_mask, positions)
+            scores = quadratic_scores(queries, keys, causal=self.shape.causal)
+            return divide(scores, scores.sum(-1)).reshape(*q.shape[:3], k.shape[2])
+
+    def state_bytes(self, num_tokens: int, *, batch_size: int = 1) -> int | None:
+        """Constant in the number of tokens: (F E + F + 1) float32 for each state, and one counter a sequence."""
+        del num_tokens
+        if not self.shape.causal:
+            return None
+        heads = self.shape.num_kv_heads if self.share_kv_heads else self.shape.num_heads
+        F, E = self.key_map.feature_dim, self.shape.head_dim
+        return batch_size * (heads * (F * E + F + 1) * 4 + 8)
+
+    def flops(self, num_queries: int, num_keys: int, *, batch_size: int = 1) -> int:
+        """The maps, and then the pairs of tokens one by one or the sums F (E + 1), whichever is less."""
+        H, E, causal = self.shape.num_heads, self.shape.head_dim, self.shape.causal
+        F, state_heads = self.key_map.feature_dim, self.shape.num_kv_heads if self.share_kv_heads else H
+        new = num_queries if causal else num_keys  # of the keys
+        by_pairs = 2 * H * num_pairs(num_queries, num_keys, causal=causal) * (F + E + 1)
+        by_sums = 2 * F * (E + 1) * (state_heads * new + H * num_queries)
+        return batch_size * (self.query_map.flops(num_queries) + self.key_map.flops(new) + min(by_pairs, by_sums))
+
+    def map_queries(
+        self, q: Tensor, *, positions: Tensor, key_mask: Tensor | None, out: Tensor | None = None
+    ) -> Tensor:
+        """Features [B, H, N, F] as the sum takes them: in its type, at or above the floor. See `blockwise.Maps`."""
+        q = zero_padding(q.to(sum_dtype(q)), key_mask)
+        if out is not None and self.query_map.map_into(q, out):
+            return out
+        return self._floored(self.query_map.map_queries(q, positions=positions), key_mask, out)
+
+    def map_keys(
+        self, k: Tensor, *, positions: Tensor, key_mask: Tensor | None, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Features [B, H, N, F] and log scales [B, H, N] of keys likewise; padded ones 0 and -inf."""
+        if not self.share_kv_heads:
+            return self._map_keys(k, positions, key_mask, out)
+        features, log_scale = self._map_keys(k, positions, key_mask)
+        group = self.shape.num_heads // self.shape.num_kv_heads
+        return (
+            features.repeat_interleave(group, 1),
+            None if log_scale is None else log_scale.repeat_interleave(group, 1),
+        )
+
+    def map_values(self, v: Tensor, *, key_mask: Tensor | None) -> Tensor:
+        """Values [B, H, N, E] in the type of the sum, padded ones 0."""
+        return repeat_heads(zero_padding(v.to(sum_dtype(v)), key_mask), self.shape.num_heads)
+
+    def _map_keys(
+        self, k: Tensor, positions: Tensor, key_mask: Tensor | None, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Of every head that has a key map: [B, G, N, F] where they share it."""
+        k = zero_padding(k.to(sum_dtype(k)), key_mask)
+        if not self.share_kv_heads:
+            k = repeat_heads(k, self.shape.num_heads)
+        if out is not None and self.key_map.map_into(k, out):
+            features, log_scale = out, None
+        else:
+            features, log_scale = self.key_map.map_keys(k, positions=positions, key_mask=key_mask)
+            features = self._floored(features, key_mask, out)
+        if key_mask is None:
+            return features, log_scale
+        padded = ~key_mask[:, None, :]
+        features = (features.masked_fill_ if features is out else features.masked_fill)(padded[..., None], 0.0)
+        return features, None if log_scale is None else log_scale.masked_fill(padded, -torch.inf)
+
+    def _floored(self, features: Tensor, key_mask: Tensor | None, out: Tensor | None) -> Tensor:
+        if self.query_map.signed or self.query_map.floored:
+            return features
+        if not self.training:
+            self._count_floored(features, key_mask)
+        return torch.clamp_min(features, FLOOR, out=out if out is not None and out.shape == features.shape else None)
+
+    def _step(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None, state: LinearState
+    ) -> tuple[Tensor, LinearState]:
+        """The output for one attended token and the state after it, in as few operations as it takes.
+
+        Their number is the time of decoding: so little is computed in each.
+        """
+        query_map, key_map, dtype, wide = self.query_map, self.key_map, q.dtype, sum_dtype(q)
+        if self.training:
+            query_map.begin_pass()
+        found = query_map.fused_step(key_map, q, k, v, state)
+        if found is None:
+            ran("recurrent")
+            if positions is None:
+                positions = state.num_attended[:, None]
+            if not dtype == k.dtype == v.dtype == wide:
+                q, k, v = q.to(wide), k.to(wide), v.to(wide)
+            if k.shape[1] != state.keys.shape[1]:
+                k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+            queries, features, log_scale = query_map.map_token(key_map, q, k, positions=positions)
+            if not query_map.signed and not query_map.floored:
+                both = self._floored(torch.cat([queries, features], dim=1), None, None)
+                queries, features = both.split_with_sizes([queries.shape[1], features.shape[1]], dim=1)
+            sums = Sums(state.values, state.keys, state.log_max)
+            found = step(queries, Keys(features, v, log_scale), sums, may_be_blind=query_map.signed)
+        out, sums = found
+        after = LinearState(sums.values, sums.keys, sums.log_max, state.num_attended + 1)
+        return out if out.dtype == dtype else out.to(dtype), after
+
+    def _sum(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_mask: Tensor | None,
+        positions: Tensor,
+        sums: Sums | None,
+        form: str,
+        *,
+        need_sums: bool,
+    ) -> tuple[Tensor, Sums | None]:
+        """The output in the type of q, and the sums after the last token."""
+        N, causal = q.shape[2], self.shape.causal
+        if form == "recurrent" and not causal:
+            raise UsageError("a bidirectional attention has no recurrent form")
+        if self.training:
+            self.query_map.begin_pass()
+        by_token = form == "recurrent" or (form == "auto" and causal and N == 1)
+        if form == "auto" and causal and 1 < N <= blockwise.CHUNK and sums is None:
+            form = "quadratic"  # a chunk alone is all pairs, and autograd needn't map it again
+        by_blocks = not by_token and form != "quadratic" and q.device.type == "cpu"
+        if by_blocks and not torch.compiler.is_compiling():  # which can't follow buffers that outlive a call
+            drawn = torch.get_rng_state() if self.training else None
+            job = Job(
+                maps=self,
+                num_heads=self.shape.num_heads,
+                feature_dim=self.key_map.feature_dim,
+                positions=positions,
+                key_mask=key_mask,
+                dtype=sum_dtype(q),
+                signed=self.query_map.signed,
+                holders=[m for own in (self.query_map, self.key_map) for m in own.modules() if m._buffers],
+            )
+            learned = [p for p in self.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
+            found = self._blockwise(job, q, k, v, sums, learned, need_sums=need_sums)
+            if drawn is None or torch.equal(drawn, torch.get_rng_state()):
+                return found
+            # A map that draws random numbers would draw others when it is run again for its gradient.
+        queries, keys = self._mapped(q, k, v, key_mask, positions)
+        sums = self._grouped(sums)
+        if by_token:
+            ran("recurrent")
+            out, sums = recurrent(queries, keys, sums)
+        else:
+            if form == "quadratic" and (sums is None or not causal):
+                ran("quadratic")
+                out = quadratic(queries, keys, causal=causal)
+            elif not causal:
+                ran("two products")
+                out = bidirectional(queries, keys)
+            else:
+                ran("chunks")
+                out = chunked(queries, keys, sums, chunk_size=N if form == "quadratic" else CHUNK)
+            sums = (sums or empty_sums(keys)).add(keys) if need_sums else None
+        return out.reshape(*q.shape[:3], v.shape[3]).to(q.dtype), self._ungrouped(sums)
+
+    def _blockwise(
+        self,
+        job: Job,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sums: Sums | None,
+        learned: list[nn.Parameter],
+        *,
+        need_sums: bool,
+    ) -> tuple[Tensor, Sums | None]:
+        """See `blockwise`. There every head has sums of its own; here heads of a group may share them."""
+        if not self.shape.causal:
+            ran("blocks, bidirectional")
+            return blockwise.bidirectional(job, q, k, v, learned), None
+        ran("blocks")
+        group = self.shape.num_heads // self.shape.num_kv_heads if self.share_kv_heads else 1
+        if sums is not None and group > 1:
+            sums = Sums(*(x.repeat_interleave(group, 1) for x in (sums.values, sums.keys, sums.log_max)))
+        out, sums = blockwise.causal(job, q, k, v, sums, learned, need_sums=need_sums)
+        if sums is not None and group > 1:  # every head of a group has the same
+            sums = Sums(*(x[:, ::group] for x in (sums.values, sums.keys, sums.log_max)))
+        return out, sums
+
+    def _positions(self, k: Tensor, key_mask: Tensor | None, state: LinearState | None) -> Tensor:
+        """Of the keys, [B, M]."""
+        if state is not None and key_mask is None and k.shape[2] == 1:
+            return state.num_attended[:, None]
+        positions = token_positions(key_mask, batch_size=k.shape[0], length=k.shape[2], device=k.device)
+        return positions if state is None else positions + state.num_attended[:, None]
+
+    def _attended(self, k: Tensor, key_mask: Tensor | None, state: LinearState | None) -> Tensor:
+        """The number of attended tokens so far, int64 [B]."""
+        if key_mask is not None:
+            count = key_mask.sum(-1)
+            return count if state is None else count + state.num_attended
+        if state is not None:
+            return state.num_attended + k.shape[2]
+        return torch.full((k.shape[0],), k.shape[2], device=k.device)
+
+    def _mapped(
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, positions: Tensor
+    ) -> tuple[Tensor, Keys]:
+        """Mapped queries and keys. Heads of a group are a dimension over which shared keys broadcast."""
+        N = q.shape[2]
+        mask = None if key_mask is None else key_mask[:, -N:]
+        queries = self.map_queries(q, positions=positions[:, -N:], key_mask=mask)
+        if self.share_kv_heads:
+            queries = queries.reshape(q.shape[0], self.shape.num_kv_heads, -1, *queries.shape[2:])
+        return queries, self._mapped_keys(k, v, key_mask, positions)
+
+    def _mapped_keys(self, k: Tensor, v: Tensor, key_mask: Tensor | None, positions: Tensor) -> Keys:
+        features, log_scale = self._map_keys(k, positions, key_mask)
+        v = zero_padding(v.to(features.dtype), key_mask)
+        if not self.share_kv_heads:
+            return Keys(features, repeat_heads(v, self.shape.num_heads), log_scale)
+        return Keys(features.unsqueeze(2), v.unsqueeze(2), None if log_scale is None else log_scale.unsqueeze(2))
+
+    @torch.no_grad()
+    def _count_floored(self, features: Tensor, key_mask: Tensor | None) -> None:
+        dead = features.amax(-1) <= FLOOR
+        self.floored_rows += (dead if key_mask is None else dead & key_mask[:, None, :]).sum()
+
+    def _after(self, sums: Sums | None, keys: Keys) -> Sums:
+        after = self._ungrouped((self._grouped(sums) or empty_sums(keys)).add(keys))
+        assert after is not None
+        return after
+
+    def _sums(self, state: LinearState | None) -> Sums | None:
+        return None if state is None else Sums(state.values, state.keys, state.log_max)
+
+    def _grouped(self, sums: Sums | None) -> Sums | None:
+        if sums is None or not self.share_kv_heads:
+            return sums
+        return Sums(sums.values.unsqueeze(2), sums.keys.unsqueeze(2), sums.log_max.unsqueeze(2))
+
+    def _ungrouped(self, sums: Sums | None) -> Sums | None:
+        if sums is None or not self.share_kv_heads:
+            return sums
+        return Sums(sums.values.squeeze(2), sums.keys.squeeze(2), sums.log_max.squeeze(2))
 
 
-def bidirectional(queries: Tensor, keys: Keys) -> Tensor:
-    """The sum over all attended keys, by two matrix products: O(N F E)."""
-    sums = empty_sums(keys).add(keys)
-    return divide(queries @ sums.values, (queries @ sums.keys[..., None]).squeeze(-1))
-
-
-def empty_sums(keys: Keys) -> Sums:
-    lead, F, E = keys.features.shape[:-2], keys.features.shape[-1], keys.values.shape[-1]
-    return Sums(
-        keys.features.new_zeros(*lead, F, E),
-        keys.features.new_zeros(*lead, F),
-        keys.features.new_full(lead, -torch.inf if keys.log_scale is not None else 0.0),
-    )
+def shape_for_keys(shape: MixerShape) -> MixerShape:
+    """The shape of a map that one key-value head shares with its group of query heads."""
+    return dataclasses.replace(shape, num_heads=shape.num_kv_heads)

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from hhbench import result
-from hhbench.attention import LinearAttention, MixerShape, build_attention
+from hhbench.attention import MixerShape, build_attention
 from hhbench.errors import HHBenchError, UsageError, unknown_name
+from hhbench.linear_attention import LinearAttention
 from hhbench.profile.clock import Clock
 from hhbench.profile.rounds import percentiles
 

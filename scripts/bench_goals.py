@@ -55,7 +55,7 @@ from torch import Tensor
 from hhbench import native
 from hhbench.attention import ATTENTIONS, Attention, FeatureMap
 from hhbench.kernels import kernels
-from hhbench.linear_attention import FLOOR
+from hhbench.linear_sum import FLOOR
 from hhbench.profile.correctness import distance
 from hhbench.profile.crossover import estimate, in_words
 from hhbench.profile.record import Crossover

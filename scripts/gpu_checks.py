@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from hhbench.attention import LinearAttention
 from hhbench.baselines import _hedgehog_triton as kernels
+from hhbench.linear_attention import LinearAttention
 from hhbench.profile.clock import Clock
 from hhbench.profile.correctness import distance
 from hhbench.profile.rounds import percentiles

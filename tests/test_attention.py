@@ -19,7 +19,6 @@ from hhbench.attention import (
     ATTENTIONS,
     Attention,
     AttentionSpec,
-    LinearAttention,
     build_attention,
     check_inputs,
     project,
@@ -29,6 +28,7 @@ from hhbench.attention import (
 )
 from hhbench.check import B, Case, N, check
 from hhbench.errors import HHBenchError, UsageError
+from hhbench.linear_attention import LinearAttention
 
 # Values to try for the options whose type does not say which there are. Give your option one here.
 EXAMPLES: dict[str, list[Any]] = {

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from hhbench import distill, hosts
-from hhbench.attention import ATTENTIONS, Attention, FeatureMap, LinearAttention, MixerShape, build_attention
+from hhbench.attention import ATTENTIONS, Attention, FeatureMap, MixerShape, build_attention
 from hhbench.distill import TransferLoss, draw_blocks, intercepted
 from hhbench.errors import HHBenchError, UsageError
 from hhbench.fidelity import measure
 from hhbench.hosts import AttentionSlot, Placement
+from hhbench.linear_attention import LinearAttention
 from hhbench.train import encode
 
 VOCAB, LENGTH = 30, 12

@@ -8,9 +8,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hhbench.attention import FeatureMap, LinearAttention, MixerShape, build_attention
+from hhbench.attention import FeatureMap, MixerShape, build_attention
 from hhbench.errors import UsageError
-from hhbench.linear_attention import CHUNK, FLOOR, LinearState, chunked
+from hhbench.linear_attention import LinearAttention
+from hhbench.linear_sum import CHUNK, FLOOR, LinearState, chunked
 
 # --- maps that exercise what the sum does with them ---
 

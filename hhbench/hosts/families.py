@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from hhbench.attention import ATTENTIONS, Attention, AttentionSpec, LinearAttention, MixerShape, SequenceMixer
+from hhbench.attention import ATTENTIONS, Attention, AttentionSpec, MixerShape, SequenceMixer
 from hhbench.errors import HHBenchError, UsageError
 from hhbench.hosts.cache import ConstantState
 from hhbench.hosts.interface import INTERFACE
 from hhbench.hosts.slots import SLOT, MixerSlot, Placement, attach, content_of, hosted
+from hhbench.linear_attention import LinearAttention
 from hhbench.registry import is_code_reference, source_hash
 
 FAMILIES = (

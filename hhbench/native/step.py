@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hhbench import native
 from hhbench.kernels import ran
-from hhbench.linear_attention import LinearState, Sums
+from hhbench.linear_sum import LinearState, Sums
 
 MANY = 2**20  # values of a state from which other threads would help, and one works here
 

@@ -24,7 +24,7 @@
 
 #define T 64
 #define MOST 128     /* of D, E and the width of a softmax */
-#define FLOOR 1e-12f /* hhbench.linear_attention.FLOOR */
+#define FLOOR 1e-12f /* hhbench.linear_sum.FLOOR */
 #define SAFE 60.0f   /* half the spread of logits up to which exp(y) and exp(-y) are computed at once */
 #define UP(x, to) (((x) + (to) - 1) / (to) * (to))
 #define MIN(a, b) ((a) < (b) ? (a) : (b))

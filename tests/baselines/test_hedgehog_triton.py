@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hhbench.attention import LinearAttention, MixerShape, build_attention
+from hhbench.attention import MixerShape, build_attention
+from hhbench.linear_attention import LinearAttention
 
 triton = pytest.importorskip("triton", reason="Triton comes with torch's CUDA wheels for Linux")
 

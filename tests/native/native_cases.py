@@ -3,7 +3,8 @@
 import torch
 
 from hhbench import native
-from hhbench.attention import LinearAttention, build_attention
+from hhbench.attention import build_attention
+from hhbench.linear_attention import LinearAttention
 from hhbench.native import step
 
 FORMS = {

@@ -10,9 +10,10 @@ from native_cases import FORMS, forget, hedgehog
 from torch import Tensor, nn
 
 from hhbench import native
-from hhbench.attention import FeatureMap, LinearAttention, build_attention
+from hhbench.attention import FeatureMap, build_attention
 from hhbench.kernels import kernels
-from hhbench.linear_attention import CHUNK
+from hhbench.linear_attention import LinearAttention
+from hhbench.linear_sum import CHUNK
 from hhbench.profile.correctness import distance
 
 LENGTHS = {

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hhbench import native
 from hhbench.kernels import kernels
-from hhbench.linear_attention import LinearState
+from hhbench.linear_sum import LinearState
 from hhbench.native import step
 from hhbench.profile.correctness import distance
 
