@@ -49,7 +49,8 @@ class LinearAttention(Attention):
     """Attention through a pair of feature maps. The maps are the attention's own; the sum is hhbench's.
 
     Features, sums and normaliser are float32 for inputs of 32 bits or fewer and float64 for float64, under autocast
-    too: a running sum in bfloat16 stops growing at 256 equal terms.
+    too: a running sum in bfloat16 stops growing at 256 equal terms. Where `hhbench.native` was asked for and multiplies
+    bfloat16 in AMX, features are rounded to it.
 
     Args:
         shape: where it sits.

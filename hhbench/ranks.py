@@ -53,7 +53,9 @@ def launched() -> Launch:
 
 
 def check_world(config: RunConfig, launch: Launch) -> None:
-    """Refuse a world of another size than the launcher's, with both numbers, before anyone waits for anyone."""
+    """Refuse several machines without a launcher, and a world of another size than the launcher's, with both numbers,
+    before anyone waits for anyone.
+    """
     if launch.by is None and config.num_nodes > 1:
         raise UsageError("--num-nodes needs a launcher: torchrun on each machine, srun, or hhbench submit")
     world = config.devices * config.num_nodes

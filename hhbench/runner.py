@@ -330,10 +330,10 @@ def execute(config: RunConfig) -> tuple[Result, Path]:
         DataError: data or weights can't be had.
         HHBenchError: training failed in a way that the user can act on.
     """
+    check_world(config, launched())
     plan = prepare(config)
     if plan.lora:
         need_peft()
-    check_world(config, launched())
     if config.devices * config.num_nodes > 1 and launched().by is None:
         from hhbench.cluster import on_all_devices
 
@@ -349,8 +349,8 @@ def train_teacher(config: RunConfig) -> Path | None:
     Returns:
         None where the regime trains no teacher.
     """
-    plan = prepare(config)
     check_world(config, launched())
+    plan = prepare(config)
     if plan.teacher_settings is None:
         return None
     if config.devices * config.num_nodes > 1 and launched().by is None:

@@ -7,6 +7,7 @@
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__) && defined(IN_REGISTERS)
 #define AMX
+#define ROWS 32 /* of a product at a time */
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -18,7 +19,10 @@ typedef struct {
   uint8_t rows[16];
 } __attribute__((aligned(64))) Layout;
 
-/* Linux lets a process that asked use the registers. */
+/* The registers and their layout are read and written behind the compiler's back: GCC 12 knows but 8 bytes of it. */
+INLINE void all_in_memory(void) { __asm__ volatile("" : : : "memory"); }
+
+/* Linux lets a process that asked use the registers, from then on. */
 static int amx_is_allowed(void) {
   const long ask = 0x1023, tile_data = 18; /* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA */
   return !syscall(SYS_arch_prctl, ask, tile_data);
@@ -29,10 +33,14 @@ static void amx_begins(Layout *before) {
   Layout ours = {.palette = 1};
   for (int i = 0; i < 8; i++) ours.bytes[i] = 64, ours.rows[i] = 16;
   _tile_storeconfig(before);
+  __asm__ volatile("" : : "r"(&ours), "r"(before) : "memory");
   _tile_loadconfig(&ours);
 }
 
-static void amx_ends(const Layout *before) { _tile_loadconfig(before); }
+static void amx_ends(const Layout *before) {
+  all_in_memory();
+  _tile_loadconfig(before);
+}
 
 /* A product; the left factor or the right one may be a sum of two. */
 typedef struct {
@@ -42,6 +50,7 @@ typedef struct {
   long right_stride, depth; /* in pairs; depth is a multiple of 16 */
 } Product;
 
+/* ROWS rows, and 32 or 16 columns. */
 INLINE void amx_block(const int two, const Product *p, int count, float *to, long stride, int add, long column) {
   float *at = to + column, *below = at + 16 * stride;
   const long step = sizeof(float) * stride;
@@ -57,14 +66,14 @@ INLINE void amx_block(const int two, const Product *p, int count, float *to, lon
     _tile_zero(3);
   }
   for (int i = 0; i < count; i++) {
-    const long step = sizeof(pair) * p[i].left_stride, down = 16 * p[i].left_stride;
+    const long left_step = sizeof(pair) * p[i].left_stride, down = 16 * p[i].left_stride;
     const long right_step = sizeof(pair) * p[i].right_stride;
     for (long k = 0; k < p[i].depth; k += 16) {
       const pair *left = p[i].left + k, *right = p[i].right + k * p[i].right_stride + column;
-      _tile_loadd(4, left, step);
+      _tile_loadd(4, left, left_step);
       _tile_loadd(6, right, right_step);
       _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(5, left + down, step);
+      _tile_loadd(5, left + down, left_step);
       _tile_dpbf16ps(1, 5, 6);
       if (two) {
         _tile_loadd(7, right + 16, right_step);
@@ -83,10 +92,10 @@ INLINE void amx_block(const int two, const Product *p, int count, float *to, lon
         }
       } else if (p[i].left_rest) {
         left = p[i].left_rest + k;
-        _tile_loadd(4, left, step);
+        _tile_loadd(4, left, left_step);
         _tile_dpbf16ps(0, 4, 6);
         if (two) _tile_dpbf16ps(2, 4, 7);
-        _tile_loadd(5, left + down, step);
+        _tile_loadd(5, left + down, left_step);
         _tile_dpbf16ps(1, 5, 6);
         if (two) _tile_dpbf16ps(3, 5, 7);
       }
@@ -98,14 +107,14 @@ INLINE void amx_block(const int two, const Product *p, int count, float *to, lon
   if (two) _tile_stored(3, below + 16, step);
 }
 
-/* 32 rows of the sum of some products, columns a multiple of 16, written or added to `to`. */
+/* ROWS rows of the sum of some products, columns a multiple of 16, written or added to `to`. */
 static void amx_rows(const Product *p, int count, float *to, long stride, int add, long columns) {
-  __asm__ volatile("" : : : "memory"); /* what the registers read is in memory */
+  all_in_memory();
   for (long column = 0; column < columns; column += 32) {
     if (columns - column > 16) amx_block(1, p, count, to, stride, add, column);
     else amx_block(0, p, count, to, stride, add, column);
   }
-  __asm__ volatile("" : : : "memory");
+  all_in_memory();
 }
 
 /* Rounded: 16 of them, or 32, 0 where `take` has a 0. */
@@ -132,11 +141,11 @@ static void lower_to_left(const float *rows, long from, long to, pair *left) {
 
 /* Two rows as pairs. */
 INLINE void put_side_by_side(pair *to, vec even, vec odd) {
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
-                                         20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   const __m512bh both = _mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
-  const __m512i pairs = _mm512_permutexvar_epi16(order, (__m512i)both);
-  memcpy(to, &pairs, sizeof pairs);
+  const __m512i by_column = _mm512_permutexvar_epi16(order, (__m512i)both);
+  memcpy(to, &by_column, sizeof by_column);
 }
 
 /* Rows [rows][columns] of float32 -> a right factor [rows / 2][columns] as the sum of two: the upper halves of the
@@ -163,11 +172,14 @@ static void to_right_with_ones(const uint16_t *from, long columns, pair *to) {
       __m256i low, high;
       memcpy(&low, from + r * columns + c, sizeof low);
       memcpy(&high, from + (r + 1) * columns + c, sizeof high);
-      const __m512i pairs = _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
-      memcpy(row + c, &pairs, sizeof pairs);
+      const __m512i even = _mm512_cvtepu16_epi32(low), odd = _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16);
+      const __m512i both = _mm512_or_si512(even, odd);
+      memcpy(row + c, &both, sizeof both);
     }
     memset(row + columns, 0, sizeof(pair) * 16);
     row[columns] = 0x3f803f80;
   }
 }
+#else
+static int amx_is_allowed(void) { return 0; }
 #endif

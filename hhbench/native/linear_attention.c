@@ -20,7 +20,7 @@ typedef struct {
   const uint8_t *attended;        /* [B, N], 0: padded; or NULL */
   const float *wq, *wk, *bq, *bk; /* [heads, D, half], [heads, half] or NULL */
   void *out;                      /* [B, H, N, E] */
-  float *of_den, *starts; /* for the backward pass, or NULL: 1 / normaliser [B, H, N], states [B, H, blocks, F, E + 1] */
+  float *of_den, *starts; /* for the backward pass, or NULL: 1 / normaliser [B, H, N], [B, H, blocks, F, E + 1] */
   const void *d_out;      /* [B, H, N, E] */
   void *dq, *dk, *dv;     /* [B, H, N, D], [B, H, N, D], [B, H, N, E]; dk and dv are float32 where heads share keys */
   float *dwq, *dwk, *dbq, *dbk; /* [B, H, half, D], [B, H, half] */
@@ -114,35 +114,42 @@ static void hedgehog_head(const void *job, void *room, long l) {
   }
 }
 
-#ifdef AMX
-/* The same of bfloat16 in the registers of AMX. Features and the weights of a tile are rounded to bfloat16, W and the state
-   are read as sums of two matrices of bfloat16, and sums are float32:
+#define WIDEST 64 /* softmax in AMX; its width is a multiple of 32, as D and E are */
 
-       weights [T][T]         phi(q_i).phi(k_j), j <= i
+#ifdef AMX
+/* The same of bfloat16 in the registers of AMX. Features and the weights of pairs are rounded to bfloat16, W and the
+   state are read as sums of two matrices of bfloat16, and sums are float32. ROWS queries at a time:
+
+       weights [ROWS][T]      phi(q_i).phi(k_j), j <= i
+       out     [ROWS][E + 16] numerators and, in column E, the normaliser
        state   [F][E + 16]    sum of phi(k) [v, 1]^T, padded
-       out     [T][E + 16]    numerators and, in column E, the normaliser
 */
 
-#define HALF 64 /* the widest softmax; half is a multiple of 32, as D and E are */
+typedef struct {
+  pair high[WIDEST * MOST / 2], low[WIDEST * MOST / 2]; /* left factors [half][D] */
+  const float *bias;
+} Weight;
 
 typedef struct {
-  float f[2 * HALF * 32], weights[32 * T], out[32 * (MOST + 16)], state[2 * HALF * (MOST + 16)], seen[T];
-  pair wq_high[HALF * MOST / 2], wq_low[HALF * MOST / 2], wk_high[HALF * MOST / 2], wk_low[HALF * MOST / 2];
-  pair across[MOST / 2 * 32], q_right[HALF * 32], q_left[T * HALF], k_right[HALF * T], k_left[2 * HALF * T / 2];
-  pair weights_left[32 * T / 2], v_right[T / 2 * (MOST + 16)];
-  pair state_right[HALF * (MOST + 16)], state_rest[HALF * (MOST + 16)], rows[T * MOST / 2];
+  Weight wq, wk;
+  float f[2 * WIDEST * ROWS], weights[ROWS * T], out[ROWS * (MOST + 16)], state[2 * WIDEST * (MOST + 16)], seen[T];
+  pair across[MOST / 2 * ROWS], q_right[WIDEST * ROWS], q_left[T * WIDEST]; /* the left one [T][F / 2] */
+  pair k_right[WIDEST * T], k_left[2 * WIDEST * T / 2];                     /* [F / 2][T], [F][T / 2] */
+  pair weights_left[ROWS * T / 2], v_right[T / 2 * (MOST + 16)];
+  pair state_right[WIDEST * (MOST + 16)], state_rest[WIDEST * (MOST + 16)], rows[T * MOST / 2];
 } Rounded;
 
-/* W [D][half] -> a left factor [half][D], and another of what that is short of. */
-static void halves_of(const float *weight, long D, long half, pair *high, pair *low) {
+/* W [D][half] as a sum of two. */
+static void split(Weight *to, const float *weight, const float *bias, long D, long half) {
   for (long m = 0; m < half; m++) {
     for (long d = 0; d < D; d++) {
       const float x = weight[d * half + m];
-      const uint16_t most = to_bf16(x), rest = to_bf16(x - from_bf16(most));
-      memcpy((char *)high + 2 * (m * D + d), &most, sizeof most);
-      memcpy((char *)low + 2 * (m * D + d), &rest, sizeof rest);
+      const uint16_t high = to_bf16(x), low = to_bf16(x - from_bf16(high));
+      memcpy((char *)to->high + 2 * (m * D + d), &high, sizeof high);
+      memcpy((char *)to->low + 2 * (m * D + d), &low, sizeof low);
     }
   }
+  to->bias = bias;
 }
 
 /* T rows [T][width] from element `at` of x on, zero beyond n and where padded: where they lie, or in `to`. */
@@ -155,27 +162,33 @@ static const uint16_t *whole_rows(const void *x, long at, long n, long width, co
   return (const uint16_t *)to;
 }
 
-/* Features of 32 rows x [32][D] as numbers of bfloat16, a right factor [F / 2][32], `row` apart; with a left one [F][16],
-   T / 2 apart, if they are of keys, zero then where the key is not seen. */
-INLINE void map_rounded(const uint16_t *x, const pair *high, const pair *low, const float *bias, long D, long half,
-                        const float *seen, Rounded *w, pair *right, const long row, pair *left) {
+/* Features of x [ROWS][D], numbers of bfloat16, as a right factor [F / 2][ROWS], `stride` apart. Those of keys as a
+   left one too, [F][ROWS / 2], T / 2 apart, and zero where the key is not seen. */
+INLINE void map_rounded(const uint16_t *x, const Weight *weight, long D, long half, Rounded *w, pair *right,
+                        const long stride, pair *left, const float *seen) {
   for (long d = 0; d < D / 2; d += 16) /* pairs go the way of floats, untouched */
-    for (long t = 0; t < 32; t += 16)
-      transposed_block((const float *)x + t * (D / 2) + d, D / 2, (float *)w->across + d * 32 + t, 32);
-  for (long m = 0; m < half; m += 32)
-    amx_rows(&(Product){high + m * (D / 2), low + m * (D / 2), D / 2, w->across, NULL, 32, D / 2}, 1, w->f + m * 32, 32, 0, 32);
-  for (long t = 0; t < 32; t += 16) {
+    for (long t = 0; t < ROWS; t += 16)
+      transposed_block((const float *)x + t * (D / 2) + d, D / 2, (float *)w->across + d * ROWS + t, ROWS);
+  for (long m = 0; m < half; m += ROWS) {
+    const long at = m * (D / 2);
+    const Product logits = {weight->high + at, weight->low + at, D / 2, w->across, NULL, ROWS, D / 2};
+    amx_rows(&logits, 1, w->f + m * ROWS, ROWS, 0, ROWS);
+  }
+  for (long t = 0; t < ROWS; t += 16) {
     float *f = w->f + t;
-    for (long m = 0; m < half && bias; m++) store(f + m * 32, load(f + m * 32) + bias[m]);
+    for (long m = 0; m < half && weight->bias; m++) store(f + m * ROWS, load(f + m * ROWS) + weight->bias[m]);
     vec of[2];
-    two_exponentials(f, half, 32, 1, &of[0], &of[1]);
-    const vec all_or_none = seen ? load(seen + t) : all(1), least = FLOOR * all_or_none;
+    two_exponentials(f, half, ROWS, 1, &of[0], &of[1]);
     for (int side = 0; side < 2; side++) {
-      const vec scale = of[side] * all_or_none;
       for (long m = side * half; m < (side + 1) * half; m += 2) {
-        const vec even = larger(least, load(f + m * 32) * scale), odd = larger(least, load(f + (m + 1) * 32) * scale);
-        put_side_by_side(right + m / 2 * row + t, even, odd);
-        if (left) put_16(left + m * (T / 2) + t / 2, even), put_16(left + (m + 1) * (T / 2) + t / 2, odd);
+        vec even = larger(all(FLOOR), load(f + m * ROWS) * of[side]);
+        vec odd = larger(all(FLOOR), load(f + (m + 1) * ROWS) * of[side]);
+        if (left) {
+          const ivec takes = load(seen + t) != 0.0f;
+          even = masked(even, takes), odd = masked(odd, takes);
+          put_16(left + m * (T / 2) + t / 2, even), put_16(left + (m + 1) * (T / 2) + t / 2, odd);
+        }
+        put_side_by_side(right + m / 2 * stride + t, even, odd);
       }
     }
   }
@@ -186,9 +199,8 @@ static void hedgehog_head_rounded(const void *job, void *room, long l) {
   Rounded *w = room;
   const long N = a->N, D = a->D, half = a->half, F = 2 * half, E = a->E, wide = E + 16;
   const Place at = place_of(a, l);
-  halves_of(a->wq + at.wq * D * half, D, half, w->wq_high, w->wq_low);
-  halves_of(a->wk + at.wk * D * half, D, half, w->wk_high, w->wk_low);
-  const float *bq = a->bq ? a->bq + at.wq * half : NULL, *bk = a->bk ? a->bk + at.wk * half : NULL;
+  split(&w->wq, a->wq + at.wq * D * half, a->bq ? a->bq + at.wq * half : NULL, D, half);
+  split(&w->wk, a->wk + at.wk * D * half, a->bk ? a->bk + at.wk * half : NULL, D, half);
   float *start = a->starts ? a->starts + l * UP(N, BLOCK * T) / (BLOCK * T) * F * (E + 1) : NULL;
   Layout before;
   amx_begins(&before);
@@ -201,25 +213,25 @@ static void hedgehog_head_rounded(const void *job, void *room, long l) {
     }
     for (long t = 0; t < T; t++) w->seen[t] = t < n && (!attended || attended[t]);
     const uint16_t *q = whole_rows(a->q, out * D, n, D, attended, w->rows);
-    for (long t = 0; t < n; t += 32) {
-      map_rounded(q + t * D, w->wq_high, w->wq_low, bq, D, half, NULL, w, w->q_right, 32, NULL);
+    for (long t = 0; t < n; t += ROWS) {
+      map_rounded(q + t * D, &w->wq, D, half, w, w->q_right, ROWS, NULL, NULL);
       for (long f = 0; f < half; f += 16)
-        for (long i = 0; i < 32; i += 16)
-          transposed_block((const float *)w->q_right + f * 32 + i, 32, (float *)w->q_left + (t + i) * HALF + f, HALF);
+        for (long i = 0; i < ROWS; i += 16)
+          transposed_block((float *)w->q_right + f * ROWS + i, ROWS, (float *)w->q_left + (t + i) * WIDEST + f, WIDEST);
     }
     const uint16_t *k = whole_rows(a->k, in * D, n, D, attended, w->rows);
-    for (long t = 0; t < T; t += 32)
-      map_rounded(k + t * D, w->wk_high, w->wk_low, bk, D, half, w->seen + t, w, w->k_right + t, T, w->k_left + t / 2);
+    for (long t = 0; t < T; t += ROWS)
+      map_rounded(k + t * D, &w->wk, D, half, w, w->k_right + t, T, w->k_left + t / 2, w->seen + t);
     to_right_with_ones(whole_rows(a->v, in * E, n, E, attended, w->rows), E, w->v_right);
 
-    for (long from = 0; from < n; from += 32) { /* these queries meet the keys of this half and of the one before */
-      const long to = from + 32;
-      const pair *left = w->q_left + from * HALF;
-      amx_rows(&(Product){left, NULL, HALF, w->k_right, NULL, T, half}, 1, w->weights, T, 0, to);
+    for (long from = 0; from < n; from += ROWS) { /* these queries meet no later keys */
+      const long to = from + ROWS;
+      const pair *left = w->q_left + from * WIDEST;
+      amx_rows(&(Product){left, NULL, WIDEST, w->k_right, NULL, T, half}, 1, w->weights, T, 0, to);
       lower_to_left(w->weights, from, to, w->weights_left);
       const Product near_and_far[2] = {
         {w->weights_left, NULL, T / 2, w->v_right, NULL, wide, to / 2},
-        {left, NULL, HALF, w->state_right, w->state_rest, wide, half},
+        {left, NULL, WIDEST, w->state_right, w->state_rest, wide, half},
       };
       amx_rows(near_and_far, s ? 2 : 1, w->out, wide, 0, wide);
       for (long i = from; i < MIN(n, to); i++) {
@@ -229,22 +241,24 @@ static void hedgehog_head_rounded(const void *job, void *room, long l) {
         if (a->of_den) a->of_den[out + i] = of_den;
       }
     }
-    for (long f = 0; f < F && s + T < N; f += 32) {
+    for (long f = 0; f < F && s + T < N; f += ROWS) {
       const Product more = {w->k_left + f * (T / 2), NULL, T / 2, w->v_right, NULL, wide, T / 2};
       amx_rows(&more, 1, w->state + f * wide, wide, s > 0, wide);
-      to_right(w->state + f * wide, 32, wide, w->state_right + f / 2 * wide, w->state_rest + f / 2 * wide);
+      to_right(w->state + f * wide, ROWS, wide, w->state_right + f / 2 * wide, w->state_rest + f / 2 * wide);
     }
   }
   amx_ends(&before);
 }
 
-/* Whether the outputs are to be formed so. */
-int is_rounded(const Attention *a) {
-  return a->bf16 && a->D % 32 == 0 && a->E % 32 == 0 && a->half % 32 == 0 && a->half <= HALF && amx_is_allowed();
-}
-#else
-int is_rounded(const Attention *a) { return (void)a, 0; }
 #endif
+
+/* It asks Linux for the registers. */
+int has_amx(void) { return amx_is_allowed(); }
+
+/* Whether the outputs are formed in AMX. */
+int is_rounded(const Attention *a) {
+  return a->bf16 && a->D % 32 == 0 && a->E % 32 == 0 && a->half % 32 == 0 && a->half <= WIDEST && has_amx();
+}
 
 /* The outputs; 0: done. */
 int hedgehog(const Attention *a, long threads) {
@@ -292,8 +306,8 @@ static void add_to_state(float *state, long row, const float *f, const float *x,
 }
 
 /* What x [n][D] and W receive through the map, from what the features f did, d. */
-static void map_back(const float *x, const float *f, float *d, const float *of_w, long n, long D, long half, float *padded,
-                     float *dx, float *dw, float *db) {
+static void map_back(const float *x, const float *f, float *d, const float *of_w, long n, long D, long half,
+                     float *padded, float *dx, float *dw, float *db) {
   const long rows = UP(n, 16), wide = UP(D, LANES), high = UP(half, 8);
   two_softmaxes_back(f, d, half, rows);
   if (dx) {
@@ -352,7 +366,7 @@ static void tile_back(const Attention *a, Back *w, Place at, long s, float *fk, 
     float *to = place(a->dv, of_out, bf16_keys, w->aside);
     for (long j = 0; j < rows; j += 8) {
       const Into o = {to, E, 0, NULL, n, E};
-      const Term near = {w->at + j, T, 1, w->g + j * wide, wide, rows - j}; /* from the first query that meets these keys */
+      const Term near = {w->at + j, T, 1, w->g + j * wide, wide, rows - j}; /* from the first query that meets these */
       const Term far = {fk, 1, T, w->rest, row, last ? 0 : F};
       product(near, far, o, j, j + 8, 0, wide);
     }

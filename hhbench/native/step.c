@@ -32,8 +32,8 @@ INLINE void write_part(float *p, vec x, const int whole, long n) {
   memcpy(p, &x, whole ? sizeof x : sizeof(float) * n);
 }
 
-/* nv vectors of columns from c on, or n columns where they are no whole vector. Odd rows have sums of their own, so that
-   more are under way. */
+/* nv vectors of columns from c on, or n columns where they are no whole vector. Odd rows have sums of their own, so
+   that more are under way. */
 INLINE void columns(const Rows m, long c, const int nv, const int whole, long n) {
   vec sum[2][PANEL] = {{{0}}}, added[PANEL];
   UNROLL for (int i = 0; i < nv; i++) {
@@ -93,12 +93,12 @@ static void features_of(const float *x, const float *weight, const float *bias, 
 }
 
 /* The outputs [B, H, E] for one token's q [B, H, D], k [B, G, D] and v [B, G, E], and the state after it. States are
-   [B, S, F, E] and [B, S, F], F = 2 half, for each query head (S = H) or each key-value head (S = G). W [heads, D, half]
-   and biases [heads, half] or NULL: a head for each query head (queries), each state (keys), or for all. half is at most
-   MOST. */
+   [B, S, F, E] and [B, S, F], F = 2 half, for each query head (S = H) or each key-value head (S = G). W [heads, D,
+   half] and biases [heads, half] or NULL: a head for each query head (queries), each state (keys), or for all. half is
+   at most MOST. */
 void step(const float *q, const float *k, const float *v, const float *wq, const float *wk, const float *bq,
-         const float *bk, const float *values, const float *keys, float *new_values, float *new_keys, float *out, long B,
-         long H, long G, long S, long D, long half, long E, long wq_heads, long wk_heads) {
+          const float *bk, const float *values, const float *keys, float *new_values, float *new_keys, float *out,
+          long B, long H, long G, long S, long D, long half, long E, long wq_heads, long wk_heads) {
   const long F = 2 * half, group = H / S;
   float fq[2 * MOST], fk[2 * MOST];
   for (long l = 0; l < B * S; l++) {

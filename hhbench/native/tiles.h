@@ -1,4 +1,4 @@
-/* What the compiled linear attention is made of: vectors, products of matrices, Hedgehog's map, rows in and out, threads.
+/* What the compiled linear attention is made of: vectors, products, Hedgehog's map, rows in and out, threads.
 
    Tiles of T tokens are kept transposed: tokens lie along the lanes, so that both softmaxes of Hedgehog's map and the
    normaliser are sums of vectors, and no vector is summed over its lanes. */
@@ -142,8 +142,7 @@ INLINE void block(const int mr, const int nv, Term t, Term more, Into o, long ro
   int kept = accumulate(aside, 0, acc, mr, nv, at_place(t, row, column));
   if (more.depth) {
     keep(aside, kept, acc, mr, nv);
-    kept = 1;
-    accumulate(aside, kept, acc, mr, nv, at_place(more, row, column));
+    kept = accumulate(aside, 1, acc, mr, nv, at_place(more, row, column));
   }
   if (kept) {
     UNROLL for (int r = 0; r < mr; r++)
@@ -230,7 +229,7 @@ static void transpose(const float *from, long stride, long n, long width, float 
 #define LN2_LOW 1.42860682030941723e-6f
 #define ROUND 12582912.0f /* 1.5 * 2^23: a float this large has no fraction */
 
-/* exp(x) and exp(-x), |x| <= SAFE or so: even and odd powers of the remainder, which they share. `rough`: to 5e-5 of
+/* exp(x) and exp(-x), |x| <= SAFE or so: even and odd powers of the remainder, which they share. `rough`: to 6e-5 of
    them, for features that are rounded to bfloat16. */
 INLINE void exp_both(vec x, vec *up, vec *down, const int rough) {
   const vec t = x * LOG2E + ROUND, n = t - ROUND;
@@ -267,7 +266,7 @@ INLINE void two_exponentials(float *f, long half, const long row, const int roug
     nan += 0.0f * y;
   }
   const vec middle = 0.5f * top + 0.5f * low, spread = 0.5f * top - 0.5f * low;
-  const ivec far = spread > SAFE; /* each token for itself: a later one must not change the rounding of an earlier one */
+  const ivec far = spread > SAFE; /* each token for itself: a later one must not change an earlier one's rounding */
   int wide = 0;
   for (int l = 0; l < LANES; l++) wide |= far[l];
   vec sum_up = nan, sum_down = nan;
@@ -317,7 +316,8 @@ static void two_softmaxes_back(const float *f, float *d, long half, long tokens)
     }
     for (long i = 0; i < half; i++) {
       const vec up = load(f + i * T + t), down = load(f + (half + i) * T + t);
-      const vec to_up = masked(load(d + i * T + t), up > least), to_down = masked(load(d + (half + i) * T + t), down > least);
+      const vec to_up = masked(load(d + i * T + t), up > least);
+      const vec to_down = masked(load(d + (half + i) * T + t), down > least);
       store(d + i * T + t, up * (to_up - of_up) - down * (to_down - of_down));
     }
   }
@@ -366,9 +366,12 @@ INLINE float from_bf16(uint16_t x) {
 }
 
 /* Which of the n tokens are not padded, or NULL where all are. */
-static const uint8_t *some_of(const uint8_t *attended, long n) { return attended && memchr(attended, 0, n) ? attended : NULL; }
+static const uint8_t *some_of(const uint8_t *attended, long n) {
+  return attended && memchr(attended, 0, n) ? attended : NULL;
+}
 
-/* Rows [n][width] from element `at` of x on: where they lie, or in `to` if they are bfloat16 or some, zero then, padded. */
+/* Rows [n][width] from element `at` of x on: where they lie, or in `to` if they are bfloat16 or some are padded, which
+   are zero then. */
 static const float *rows_of(const void *x, long at, long n, long width, int bf16, const uint8_t *attended, float *to) {
   if (!bf16 && !attended) return (const float *)x + at;
   if (bf16) {
@@ -443,7 +446,8 @@ static void *work(void *given) {
   return NULL;
 }
 
-/* The calling thread works too: threads that can't be started, or have no memory, are not missed. 0: done, else nothing is. */
+/* The calling thread works too: threads that can't be started, or have no memory, are not missed. 0: done, else
+   nothing is. */
 static int run(void (*head)(const void *, void *, long), const void *job, size_t room, long count, long threads) {
   Heads heads = {.head = head, .job = job, .room = room, .count = count};
   pthread_t started[64];

@@ -1,7 +1,9 @@
 """The compiled form: the definition's numbers, no later key, and the plain form wherever it can't serve."""
 
 import logging
+import os
 import platform
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -26,15 +28,14 @@ LENGTHS = {
 CASES = LENGTHS | {name: form | {"N": 150} for name, form in FORMS.items()}
 
 
-CPU = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-# Of bfloat16, widths that are multiples of 32, up to 64 for a softmax.
-AMX = "native amx" if "amx_bf16" in CPU and "avx512_bf16" in CPU and platform.system() == "Linux" else "native"
+# Of bfloat16, widths that are multiples of 32, up to 64 for a softmax: multiplied in AMX.
 ROUNDED = {
     "two tokens": {"B": 1, "H": 2, "N": 2, "D": 32, "E": 32},
     "half a tile": {"B": 1, "H": 2, "N": 32, "D": 64, "E": 64},
     "a tile and one": {"B": 2, "H": 2, "N": 65, "D": 64, "E": 32},
     "several blocks": {"B": 2, "H": 4, "G": 2, "N": 600, "D": 32, "E": 96, "half": 64, "bias": True},
-    "widest": {"B": 1, "H": 2, "N": 150, "D": 128, "E": 128, "half": 32, "share_kv_heads": True},
+    "wide": {"B": 1, "H": 2, "N": 150, "D": 128, "E": 96, "half": 32, "bias": True},
+    "widest": {"B": 1, "H": 4, "G": 2, "N": 171, "D": 128, "E": 128, "half": 64, "share_kv_heads": True},
     "long": {"B": 1, "H": 1, "N": 2048, "D": 64, "E": 64},
 }
 
@@ -47,7 +48,14 @@ def rounded(make_shape, case):
 def ran_native(attention, inputs, **more):
     with torch.inference_mode(), kernels() as seen:
         out = attention(*inputs, **more)
-    return out, not seen.keys().isdisjoint({"native", AMX})
+    return out, not seen.keys().isdisjoint({"native", "native amx"})
+
+
+def amx() -> str:
+    """Which kernel serves ROUNDED, on a CPU that has AMX and on one that hasn't."""
+    compiled = native.library()
+    assert compiled is not None
+    return "native amx" if compiled.has_amx() else "native"
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -323,7 +331,27 @@ def test_bfloat16_is_summed_in_float32(compiler, make_shape, padding):
 def test_bfloat16_that_is_multiplied_in_amx(compiler, make_shape, case, padding):
     attention, inputs = rounded(make_shape, case)
     mask = padded(inputs[0].shape[0], inputs[0].shape[2]) if padding else None
-    learns_as_the_definition(attention, inputs, at_most=8e-3, kernel=AMX, key_mask=mask)
+    learns_as_the_definition(attention, inputs, at_most=8e-3, kernel=amx(), key_mask=mask)
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="/proc/cpuinfo")
+def test_a_cpu_that_has_amx_uses_it(compiler):
+    """By a compiler that knows it: GCC 12 or later, clang."""
+    has = {"amx_bf16", "avx512_bf16"} <= set(Path("/proc/cpuinfo").read_text().split())
+    defined = subprocess.run(
+        ["cc", "-march=native", "-dM", "-E", "-x", "c", os.devnull], capture_output=True, text=True, check=True
+    )
+    if "__AMX_BF16__" not in defined.stdout:
+        has = False
+    assert amx() == ("native amx" if has else "native")
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86")
+def test_without_amx_bfloat16_is_multiplied_in_vectors(cc, fresh, make_shape, monkeypatch):
+    monkeypatch.setenv("CC", "cc -mno-amx-bf16")
+    assert amx() == "native"
+    attention, inputs = rounded(make_shape, "several blocks")
+    learns_as_the_definition(attention, inputs, at_most=8e-3)
 
 
 def test_a_long_sum_of_bfloat16_stays_accurate(compiler, make_shape):
