@@ -128,7 +128,7 @@ static void hedgehog_head(const void *job, void *room, long l) {
 typedef struct {
   pair high[WIDEST * MOST / 2], low[WIDEST * MOST / 2]; /* left factors [half][D] */
   const float *bias;
-} Weight;
+} __attribute__((aligned(64))) Weight; /* what follows one lies on whole cache lines, as everything here does */
 
 typedef struct {
   Weight wq, wk;
@@ -179,16 +179,15 @@ INLINE void map_rounded(const uint16_t *x, const Weight *weight, long D, long ha
     for (long m = 0; m < half && weight->bias; m++) store(f + m * ROWS, load(f + m * ROWS) + weight->bias[m]);
     vec of[2];
     two_exponentials(f, half, ROWS, 1, &of[0], &of[1]);
+    const vec least = all(FLOOR);
+    const ivec takes = left ? load(seen + t) != 0.0f : (ivec)least != 0;
     for (int side = 0; side < 2; side++) {
+      const vec scale = of[side];
       for (long m = side * half; m < (side + 1) * half; m += 2) {
-        vec even = larger(all(FLOOR), load(f + m * ROWS) * of[side]);
-        vec odd = larger(all(FLOOR), load(f + (m + 1) * ROWS) * of[side]);
-        if (left) {
-          const ivec takes = load(seen + t) != 0.0f;
-          even = masked(even, takes), odd = masked(odd, takes);
-          put_16(left + m * (T / 2) + t / 2, even), put_16(left + (m + 1) * (T / 2) + t / 2, odd);
-        }
+        const vec even = masked(larger(least, load(f + m * ROWS) * scale), takes);
+        const vec odd = masked(larger(least, load(f + (m + 1) * ROWS) * scale), takes);
         put_side_by_side(right + m / 2 * stride + t, even, odd);
+        if (left) put_16(left + m * (T / 2) + t / 2, even), put_16(left + (m + 1) * (T / 2) + t / 2, odd);
       }
     }
   }
