@@ -2,7 +2,8 @@
 
 Probing an attention at a length, after the shorter ones, tells what longer ones will cost: what doesn't fit into the
 budget or the memory is not run, and says so. Then rounds: in each one every cell is timed once, in an order that is
-drawn anew, so that a slow minute of the machine falls on all alike.
+drawn anew, so that a slow minute of the machine falls on all alike. Attentions at the same work and length follow each
+other: their ratios are taken within a round.
 """
 
 import dataclasses
@@ -287,8 +288,7 @@ class _Session:
     def _rounds(self) -> None:
         order = random.Random(self.request.seed)
         for number in range(self.request.rounds):
-            entries = self._affordable(number)
-            order.shuffle(entries)
+            entries = _in_turns(self._affordable(number), order)
             try:
                 self._round(number, entries)
             except KeyboardInterrupt:
@@ -451,6 +451,18 @@ def _forecast(known: Sequence[tuple[int, float]], length: int, *, least: float =
 
 def _seconds(value: float) -> str:
     return f"{value:,.0f} s" if value >= 10 else f"{value:.2g} s"
+
+
+def _in_turns(entries: Sequence[_Entry], order: random.Random) -> list[_Entry]:
+    """Places in an order that is drawn, and the attentions of each place likewise."""
+    places: dict[tuple[str, str, int], list[_Entry]] = {}
+    for entry in entries:
+        places.setdefault((entry.work, entry.dtype, entry.length), []).append(entry)
+    drawn = list(places.values())
+    order.shuffle(drawn)
+    for place in drawn:
+        order.shuffle(place)
+    return [entry for place in drawn for entry in place]
 
 
 def _rounded(values: Sequence[float]) -> list[float]:
