@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from hhbench.attention import MixerShape, build_attention
 from hhbench.cli import main
 from hhbench.errors import UsageError
-from hhbench.profile import clock, record
+from hhbench.profile import clock, measure, record
 from hhbench.profile.clock import Clock, Moment, device_of, inspect
 from hhbench.profile.correctness import complaint
 from hhbench.profile.measure import plan, profile
@@ -124,6 +125,22 @@ def test_the_clock_depends_on_the_threads():
     timed = Clock(cpu, 1).time(lambda: calls.append(torch.randn(100).sum()), 7)
     assert len(calls) == 7
     assert 0 < timed.seconds <= timed.wall * 1.01 + 1e-4
+
+
+def test_attentions_at_one_place_take_their_turns_one_after_the_other():
+    entries = [
+        measure._Entry(label, work, "float32", length)
+        for label in ("softmax", "hedgehog", "elu")
+        for work in ("prefill", "train")
+        for length in (128, 256, 512)
+    ]
+    order = random.Random(0)
+    drawn = [measure._in_turns(entries, order) for _ in range(3)]
+    for found in drawn:
+        assert sorted(map(id, found)) == sorted(map(id, entries))
+        places = [(entry.work, entry.length) for entry in found]
+        assert places[::3] == places[1::3] == places[2::3] and len(set(places[::3])) == 6
+    assert len({tuple(map(id, found)) for found in drawn}) == 3
 
 
 def test_calls_take_turns():
