@@ -91,10 +91,12 @@ class _Hedgehog(torch.autograd.Function):
         made = {"out": q.new_empty(B, H, N, E)}
         if keep and any(ctx.needs_input_grad):
             made["of_den"] = weight.new_empty(B, H, N)
-            blocks = -(-N // _tokens_between_starts())
+            blocks = -(-N // _loaded().tokens_between_starts())
             made["starts"] = weight.new_empty(B, H, blocks, 2 * weight.shape[2], E + 1)
             ctx.save_for_backward(*given, *made.values())
-        _call("hedgehog", given, made)
+        attention = _attention(given, made)
+        ran("native amx" if _loaded().is_rounded(ctypes.byref(attention)) else "native")
+        _call("hedgehog", attention)
         return made["out"]
 
     @staticmethod
@@ -119,7 +121,7 @@ class _Hedgehog(torch.autograd.Function):
         ):
             if wants:
                 made[name] = like.new_empty(B, H, *shape)
-        _call("hedgehog_back", given, made)
+        _call("hedgehog_back", _attention(given, made))
         of_tokens = [
             None if name not in made else _added_up(made[name], x.shape[1], 1).to(x.dtype)
             for name, x in (("dq", q), ("dk", k), ("dv", v))
@@ -140,30 +142,30 @@ def _added_up(each: Tensor, heads: int, dim: int) -> Tensor:
     return each.view(*each.shape[:dim], heads, -1, *each.shape[dim + 1 :]).sum(dim + 1)
 
 
-def _call(name: str, given: Sequence[Tensor | None], made: dict[str, Tensor]) -> None:
-    """Run one of the C functions that take an `Attention`."""
+def _attention(given: Sequence[Tensor | None], made: dict[str, Tensor]) -> _Attention:
+    """What the C functions take."""
     q, k, v, _, query_weight, key_weight, *_ = given
     assert q is not None and k is not None and v is not None and query_weight is not None and key_weight is not None
     sizes = *q.shape[:2], k.shape[1], *q.shape[2:], query_weight.shape[2], v.shape[3]
     sizes = *sizes, query_weight.shape[0], key_weight.shape[0], q.dtype == torch.bfloat16
-    attention = _Attention(
+    return _Attention(
         **{key: _address(x) for key, x in zip(_Attention.INPUTS, given, strict=True)},
         **{key: _address(x) for key, x in made.items()},
         **dict(zip(_Attention.SIZES, sizes, strict=True)),
     )
-    compiled = library()
-    assert compiled is not None
-    if name == "hedgehog":
-        ran("native amx" if compiled.is_rounded(ctypes.byref(attention)) else "native")
-    if getattr(compiled, name)(ctypes.byref(attention), ctypes.c_long(torch.get_num_threads())):
+
+
+def _call(name: str, attention: _Attention) -> None:
+    """Run one of the C functions that take an `Attention`."""
+    if getattr(_loaded(), name)(ctypes.byref(attention), ctypes.c_long(torch.get_num_threads())):
         raise MemoryError("no memory for the compiled linear attention")
 
 
-def _tokens_between_starts() -> int:
-    """Tokens between the states that the forward pass keeps for the backward pass."""
+def _loaded() -> ctypes.CDLL:
+    """The library, by those who are called because there is one."""
     compiled = library()
     assert compiled is not None
-    return int(compiled.tokens_between_starts())
+    return compiled
 
 
 def block(queries: Tensor, keys: Tensor, values: Tensor, sums: Tensor, out: Tensor, *, first: bool, last: bool) -> bool:

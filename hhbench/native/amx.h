@@ -23,7 +23,7 @@ typedef struct {
 INLINE void all_in_memory(void) { __asm__ volatile("" : : : "memory"); }
 
 /* Linux lets a process that asked use the registers, from then on. */
-static int amx_is_allowed(void) {
+int has_amx(void) {
   const long ask = 0x1023, tile_data = 18; /* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA */
   return !syscall(SYS_arch_prctl, ask, tile_data);
 }
@@ -181,5 +181,5 @@ static void to_right_with_ones(const uint16_t *from, long columns, pair *to) {
   }
 }
 #else
-static int amx_is_allowed(void) { return 0; }
+int has_amx(void) { return 0; }
 #endif

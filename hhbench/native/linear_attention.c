@@ -38,6 +38,12 @@ static Place place_of(const Attention *a, long l) {
   return (Place){b, l, b * a->G + g, a->wq_heads == 1 ? 0 : h, a->wk_heads == a->H ? h : a->wk_heads == 1 ? 0 : g};
 }
 
+/* The state before a block of a head, [F][E + 1], that is kept for the backward pass, or NULL where none is. */
+static float *start_of(const Attention *a, long l, long block) {
+  const long blocks = UP(a->N, BLOCK * T) / (BLOCK * T);
+  return a->starts ? a->starts + (l * blocks + block) * 2 * a->half * (a->E + 1) : NULL;
+}
+
 typedef struct {
   float across[(MOST + 1) * T], fq[2 * MOST * T], fk[2 * MOST * T], at[T * T], v[T * MOST];
   float state[2 * MOST * MOST], z[2 * MOST], of_den[T];
@@ -89,16 +95,13 @@ static void hedgehog_head(const void *job, void *room, long l) {
   pack(w->wk, a->wk + at.wk * D * half, a->bk ? a->bk + at.wk * half : NULL, D, half, padded);
   memset(w->fq + F * T, 0, sizeof(float) * (UP(F, 16) - F) * T);
   memset(w->fk + F * T, 0, sizeof(float) * (UP(F, 16) - F) * T);
-  float *start = a->starts ? a->starts + l * UP(N, BLOCK * T) / (BLOCK * T) * F * (E + 1) : NULL;
   for (long s = 0; s < N; s += T) {
     const long n = MIN(N - s, T);
     const uint8_t *attended = a->attended ? some_of(a->attended + at.b * N + s, n) : NULL;
-    if (start && s % (BLOCK * T) == 0) {
-      for (long f = 0; f < F && s; f++) {
-        memcpy(start + f * (E + 1), w->state + f * wide, sizeof(float) * E);
-        start[f * (E + 1) + E] = w->z[f];
-      }
-      start += F * (E + 1);
+    float *start = s % (BLOCK * T) ? NULL : start_of(a, l, s / (BLOCK * T));
+    for (long f = 0; f < F && s && start; f++) {
+      memcpy(start + f * (E + 1), w->state + f * wide, sizeof(float) * E);
+      start[f * (E + 1) + E] = w->z[f];
     }
     const float *q = rows_of(a->q, (at.query * N + s) * D, n, D, a->bf16, attended, w->aside);
     map(q, w->wq, a->bq != NULL, n, D, half, w->across, w->fq);
@@ -180,7 +183,8 @@ INLINE void map_rounded(const uint16_t *x, const Weight *weight, long D, long ha
     vec of[2];
     two_exponentials(f, half, ROWS, 1, &of[0], &of[1]);
     const vec least = all(FLOOR);
-    const ivec takes = left ? load(seen + t) != 0.0f : (ivec)least != 0;
+    ivec takes = ~(ivec){0};
+    if (left) takes = load(seen + t) != 0.0f;
     for (int side = 0; side < 2; side++) {
       const vec scale = of[side];
       for (long m = side * half; m < (side + 1) * half; m += 2) {
@@ -200,16 +204,14 @@ static void hedgehog_head_rounded(const void *job, void *room, long l) {
   const Place at = place_of(a, l);
   split(&w->wq, a->wq + at.wq * D * half, a->bq ? a->bq + at.wq * half : NULL, D, half);
   split(&w->wk, a->wk + at.wk * D * half, a->bk ? a->bk + at.wk * half : NULL, D, half);
-  float *start = a->starts ? a->starts + l * UP(N, BLOCK * T) / (BLOCK * T) * F * (E + 1) : NULL;
   Layout before;
   amx_begins(&before);
   for (long s = 0; s < N; s += T) {
     const long n = MIN(N - s, T), in = at.key * N + s, out = at.query * N + s;
     const uint8_t *attended = a->attended ? some_of(a->attended + at.b * N + s, n) : NULL;
-    if (start && s % (BLOCK * T) == 0) {
-      for (long f = 0; f < F && s; f++) memcpy(start + f * (E + 1), w->state + f * wide, sizeof(float) * (E + 1));
-      start += F * (E + 1);
-    }
+    float *start = s % (BLOCK * T) ? NULL : start_of(a, l, s / (BLOCK * T));
+    for (long f = 0; f < F && s && start; f++)
+      memcpy(start + f * (E + 1), w->state + f * wide, sizeof(float) * (E + 1));
     for (long t = 0; t < T; t++) w->seen[t] = t < n && (!attended || attended[t]);
     const uint16_t *q = whole_rows(a->q, out * D, n, D, attended, w->rows);
     for (long t = 0; t < n; t += ROWS) {
@@ -250,9 +252,6 @@ static void hedgehog_head_rounded(const void *job, void *room, long l) {
 }
 
 #endif
-
-/* It asks Linux for the registers. */
-int has_amx(void) { return amx_is_allowed(); }
 
 /* Whether the outputs are formed in AMX. */
 int is_rounded(const Attention *a) {
@@ -403,7 +402,7 @@ static void hedgehog_back_head(const void *job, void *room, long l) {
   const long blocks = UP(N, BLOCK * T) / (BLOCK * T);
   for (long block = blocks - 1; block >= 0; block--) {
     const long begin = block * BLOCK * T, tiles = MIN(UP(N - begin, T) / T, BLOCK);
-    const float *start = a->starts + (l * blocks + block) * F * (E + 1);
+    const float *start = start_of(a, l, block);
     memset(w->states[0], 0, sizeof(float) * features * row);
     for (long f = 0; f < F && block; f++) memcpy(w->states[0] + f * row, start + f * (E + 1), sizeof(float) * (E + 1));
     for (long i = 0; i < tiles; i++) {
