@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from hhbench import blockwise
-from hhbench.attention import (
+from hhbench.blockwise import Job
+from hhbench.contracts import (
     Attention,
     FeatureMap,
     MixerShape,
@@ -23,7 +24,6 @@ from hhbench.attention import (
     without_autocast,
     zero_padding,
 )
-from hhbench.blockwise import Job
 from hhbench.errors import UsageError, unknown_name
 from hhbench.kernels import ran
 from hhbench.linear_sum import (
