@@ -172,17 +172,18 @@ class Checkpoints(Callback):
             set_random_state(self._resumed[rank()])
         self._resumed, self._random = [], random_state()
         # Validation and the order of a new epoch lie behind: nothing is between this and the step.
-        due = rank() == 0 and time.monotonic() - self._saved >= self.seconds
-        agreed = largest_over_ranks(max(stopping.noted(), stopping.SAVE * due), module.device)
-        if agreed and trainer.global_step:
-            self._save(trainer)
-        stopping.stop(agreed, f"after step {trainer.global_step}")
+        stopping.step_begins()
+        self._heed(trainer, module, due=rank() == 0 and time.monotonic() - self._saved >= self.seconds)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if (batch_idx + 1) % self.accumulation == 0:
             self._random = random_state()
+
+    def on_validation_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        self._heed(trainer, module)  # validation may be long
+        stopping.step_ended()
 
     def on_validation_end(self, *args: Any) -> None:
         self._random = random_state()
@@ -191,8 +192,16 @@ class Checkpoints(Callback):
         self, trainer: lightning.Trainer, module: lightning.LightningModule, exception: BaseException
     ) -> None:
         # Ranks are interrupted at different places: only one alone can save without waiting for another.
-        if isinstance(exception, KeyboardInterrupt) and trainer.global_step and world_size() == 1:
+        apart = stopping.stepping() or world_size() > 1
+        if isinstance(exception, KeyboardInterrupt) and trainer.global_step and not apart:
             self._save(trainer)
+
+    def _heed(self, trainer: lightning.Trainer, module: lightning.LightningModule, *, due: bool = False) -> None:
+        """Save if it is due, or if a rank was told to stop; then stop."""
+        agreed = largest_over_ranks(max(stopping.noted(), stopping.SAVE * due), module.device)
+        if agreed and trainer.global_step:
+            self._save(trainer)
+        stopping.stop(agreed, f"after step {trainer.global_step}")
 
     def _save(self, trainer: lightning.Trainer) -> None:
         # Lightning counts the batch that is under way, and would validate a step early ever after; gradients of a step

@@ -48,6 +48,8 @@ def on_all_devices(config: RunConfig, *flags: str) -> list[Path]:
             max_restarts=0,
         )
         command = ["-m", "hhbench", "run", "--config", str(settings), "--allow-code", *flags]
+        if stopping.noted():
+            raise stopping.Stopped("stopped by a signal before its processes started", again=False)
         with _environment(variables), _passing_signals_on() as received:
             try:
                 elastic_launch(launch, sys.executable)(*command)
@@ -60,8 +62,14 @@ def on_all_devices(config: RunConfig, *flags: str) -> list[Path]:
         if received:
             raise stopping.Stopped("stopped by a signal, all processes with it", again=False)
         if not told.exists():
-            raise HHBenchError(f"a process of {config.devices} failed; its message stands above")
+            raise HHBenchError(f"a process of {config.devices} failed: {_reason(told)}")
         return [Path(line) for line in told.read_text().splitlines()]
+
+
+def _reason(told: Path) -> str:
+    with contextlib.suppress(OSError):
+        return " ".join(told.with_name(f"{told.name}.failed").read_text().split())
+    return "its message stands above"
 
 
 @contextlib.contextmanager
@@ -91,8 +99,12 @@ def _passing_signals_on() -> Iterator[set[int]]:
         received.add(number)
         os.kill(os.getpid(), signal.SIGTERM)
 
+    def end_early(number: int, frame: FrameType | None) -> None:
+        raise SignalException("before the agent's own handler was there", signal.Signals(number))
+
     numbers = (*stopping.SIGNALS, signal.SIGINT)
     before = {number: signal.getsignal(number) for number in numbers}
+    signal.signal(signal.SIGTERM, end_early)
     signal.signal(signal.SIGUSR1, end)
     logging.disable(logging.ERROR)
     try:

@@ -32,12 +32,19 @@ class Launch:
         by: the launcher; None without one.
         world: how many processes it started.
         rank, local_rank: which one this is, of all and on its machine.
+        nodes: on how many machines they are; None if it doesn't say.
     """
 
     by: Literal["torchrun", "Slurm"] | None
     world: int
     rank: int
     local_rank: int
+    nodes: int | None = None
+
+    @property
+    def alone(self) -> bool:
+        """Whether a process for each device is still to be started. `srun --pty bash` starts one, too: a shell."""
+        return self.by != "torchrun" and self.world == 1
 
 
 def launched() -> Launch:
@@ -46,9 +53,13 @@ def launched() -> Launch:
     """
     env = os.environ
     if "TORCHELASTIC_RUN_ID" in env:
-        return Launch("torchrun", int(env["WORLD_SIZE"]), int(env["RANK"]), int(env["LOCAL_RANK"]))
+        world, here = int(env["WORLD_SIZE"]), int(env.get("LOCAL_WORLD_SIZE", 0))
+        nodes = world // here if here else None
+        return Launch("torchrun", world, int(env["RANK"]), int(env["LOCAL_RANK"]), nodes)
     if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:
-        return Launch("Slurm", int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]))
+        nodes = int(env["SLURM_STEP_NUM_NODES"]) if "SLURM_STEP_NUM_NODES" in env else None
+        world = int(env["SLURM_STEP_NUM_TASKS"])
+        return Launch("Slurm", world, int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), nodes)
     return Launch(None, 1, 0, 0)
 
 
@@ -58,11 +69,18 @@ def check_world(config: RunConfig, launch: Launch) -> None:
     """
     if launch.by is None and config.num_nodes > 1:
         raise UsageError("--num-nodes needs a launcher: torchrun on each machine, srun, or hhbench submit")
+    if launch.alone and config.num_nodes == 1:
+        return
     world = config.devices * config.num_nodes
-    if launch.by is not None and launch.world != world:
+    if launch.world != world:
         raise UsageError(
             f"{launch.by} started {launch.world} process{'es' * (launch.world != 1)}; "
             f"--devices {config.devices} x --num-nodes {config.num_nodes} is {world}"
+        )
+    if launch.nodes not in (None, config.num_nodes):
+        raise UsageError(
+            f"{launch.by} started {launch.world} processes on {launch.nodes} machine{'s' * (launch.nodes != 1)}, "
+            f"not on {config.num_nodes}"
         )
 
 
@@ -130,12 +148,15 @@ def requeue() -> bool:
     """
     if launched().by != "Slurm":
         return False
-    asked = False
-    if rank() == 0:
-        # A container may have none of Slurm's commands; Slurm may not answer, or not requeue this job.
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            asked = _requeued(os.environ["SLURM_JOB_ID"])
-    return bool(summed_over_ranks(float(asked)))
+    return bool(summed_over_ranks(float(rank() == 0 and requeue_this_job())))
+
+
+def requeue_this_job() -> bool:
+    """`requeue`, without the other ranks."""
+    # A container may have none of Slurm's commands; Slurm may not answer, or not requeue this job.
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return _requeued(os.environ["SLURM_JOB_ID"])
+    return False
 
 
 def _requeued(number: str) -> bool:

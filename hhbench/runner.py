@@ -334,7 +334,7 @@ def execute(config: RunConfig) -> tuple[Result, Path]:
     plan = prepare(config)
     if plan.lora:
         need_peft()
-    if config.devices * config.num_nodes > 1 and launched().by is None:
+    if config.devices > 1 and launched().alone:
         from hhbench.cluster import on_all_devices
 
         (path,) = on_all_devices(config)
@@ -353,7 +353,7 @@ def train_teacher(config: RunConfig) -> Path | None:
     plan = prepare(config)
     if plan.teacher_settings is None:
         return None
-    if config.devices * config.num_nodes > 1 and launched().by is None:
+    if config.devices > 1 and launched().alone:
         from hhbench.cluster import on_all_devices
 
         return on_all_devices(config, "--teacher-only")[0]
@@ -434,6 +434,10 @@ class _Run:
         return made
 
     def _found(self) -> Result | None:
+        """The result that rank 0 sees: another process may write it between two ranks' looks."""
+        return from_rank_zero(self._look() if rank() == 0 else None)  # type: ignore[no-any-return]
+
+    def _look(self) -> Result | None:
         done = self.folder / result.FILE_NAME
         if self.config.force or not done.exists():
             return None
@@ -588,7 +592,7 @@ class _Run:
         key = result.key_of(identity)
         folder = c.out / "teachers" / _safe(f"{self.task.name}-{Path(str(c.dataset)).name}-{c.preset}-{key[:8]}")
         with _claimed(folder.with_suffix(".lock")):
-            if not models.is_converted(folder):
+            if not from_rank_zero(models.is_converted(folder)):
                 self._make_teacher(folder, key, identity)
         model = models.load(folder)
         self.teacher_folder = str(folder.absolute())

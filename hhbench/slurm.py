@@ -251,6 +251,7 @@ def script(array: Array, profile: ClusterProfile) -> str:
         *profile.setup,
         'printf -v n %04d "$SLURM_ARRAY_TASK_ID"',
         f'export {TOLD}={shlex.quote(array.told)}"$n"',
+        f'rm -f "${TOLD}".failed "${TOLD}".stopped',  # of the start before
         # The script's exit code is that of the trial.
         f"exec {shlex.join(run)} \\",
         f'  --config {shlex.quote(str(array.configs))}/"$n".yaml {shlex.join([*array.flags, "--resume"])}',

@@ -1,28 +1,39 @@
-"""Being told to stop: a cluster's signal is noted, and heeded where all ranks can save a checkpoint together.
+"""Being told to stop: a signal is noted, and heeded where all ranks can save a checkpoint together.
 
-No signal interrupts a step. Slurm is asked to start the job again unless it is ending it: SIGUSR1 comes when the time
-is nearly over or another job wants the nodes; SIGTERM where a cluster sends no signal of the job's own, and when a step
-alone is ended.
+No signal interrupts a step, but a second Ctrl-C. Slurm is asked to start the job again unless it is ending it: SIGUSR1
+comes when the time is nearly over or another job wants the nodes; SIGTERM where a cluster sends no signal of the job's
+own, and when a step alone is ended.
 """
 
 import contextlib
+import ctypes
+import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
 from typing import Final
 
 from hhbench.errors import HHBenchError
-from hhbench.ranks import largest_over_ranks, requeue
+from hhbench.ranks import launched, largest_over_ranks, requeue, requeue_this_job
 from hhbench.result import TOLD
+
+log = logging.getLogger("hhbench")
 
 CODE: Final = 75  # exit code: stopped, run it again. BSD's sysexits call it a temporary failure.
 SIGNALS: Final = (signal.SIGUSR1, signal.SIGTERM)
 # What ranks can want at the end of a step. The largest over ranks is what all do.
-NOTHING, SAVE, END, AGAIN = range(4)
+NOTHING, SAVE, INTERRUPT, END, AGAIN = range(5)
+PATIENCE: Final = 60.0  # seconds after a cluster's signal in which a step is to end; clusters give two minutes
+
+PR_SET_PDEATHSIG: Final = 1
+LIBC: Final = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 _received: set[int] = set()
+_stepping = False  # whether a step has begun, so that what a checkpoint would hold is neither before nor after it
+_patience: threading.Timer | None = None
 
 
 class Stopped(HHBenchError):  # noqa: N818  # it is no error
@@ -36,8 +47,21 @@ class Stopped(HHBenchError):  # noqa: N818  # it is no error
 
 
 def _note(number: int, frame: FrameType | None) -> None:
+    global _patience
     del frame
     _received.add(number)
+    # Validation, a test or a fetch may outlast the cluster's notice. What a checkpoint holds goes on all the same.
+    if number == signal.SIGUSR1 and _patience is None and (who := launched()).by == "Slurm" and who.rank == 0:
+        _patience = threading.Timer(PATIENCE, requeue_this_job)
+        _patience.daemon = True
+        _patience.start()
+
+
+def _note_interrupt(number: int, frame: FrameType | None) -> None:
+    if not _stepping or number in _received:
+        signal.default_int_handler(number, frame)
+    _received.add(number)
+    log.warning("finishing this step to keep it; Ctrl-C again stops at once and goes back to the last checkpoint")
 
 
 def heed() -> None:
@@ -60,15 +84,84 @@ def heeding() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _received.clear()
+        _forget()
+
+
+@contextlib.contextmanager
+def steps() -> Iterator[None]:
+    """Inside, Ctrl-C waits for the end of a step."""
+    ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a job in the background ignores it
+    )
+    if ours:
+        signal.signal(signal.SIGINT, _note_interrupt)
+    try:
+        yield
+    finally:
+        step_ended()
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def end_with(parent: int) -> None:
+    """In a child: when its parent is killed, it is told to stop. Linux alone can do it."""
+    if LIBC is not None:
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it was killed just now
+            os._exit(CODE)
+
+
+def outlive_signals(worker: int) -> None:
+    """In a process that loads data: the run finishes its step when it is told to stop, and needs batches for that.
+    Terminals, torchrun and Slurm tell all of a run's processes; what ends a loader is the word of its parent.
+    """
+    del worker
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":  # a signal's sender isn't known elsewhere
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+def step_begins() -> None:
+    """From here on weights, counts and buffers may be of different steps."""
+    global _stepping
+    _stepping = True
+
+
+def step_ended() -> None:
+    """What counts the last step lies behind as well."""
+    global _stepping
+    _stepping = False
+
+
+def stepping() -> bool:
+    return _stepping
+
+
+def _forget() -> None:
+    global _patience
+    if _patience is not None:
+        _patience.cancel()
+    _patience = None
+    _received.clear()
 
 
 def noted() -> int:
-    """What this process was told: AGAIN, END or NOTHING. SIGTERM starts a trial of `hhbench submit` again, and nobody
+    """What this process was told: AGAIN, END, INTERRUPT or NOTHING. SIGTERM starts a trial of `hhbench submit` again, and nobody
     else's job: that may have more steps than this one.
     """
     if not _received:
         return NOTHING
+    if _received == {signal.SIGINT}:
+        return INTERRUPT
     return AGAIN if signal.SIGUSR1 in _received or TOLD in os.environ else END
 
 
@@ -81,9 +174,12 @@ def stop(told: float, where: str) -> None:
 
     Raises:
         Stopped: it was. Asked to start again, Slurm has been told to, unless it is ending the job.
+        KeyboardInterrupt: by Ctrl-C.
     """
-    if told >= END:
-        _received.clear()
+    if told >= INTERRUPT:
+        _forget()
+        if told == INTERRUPT:
+            raise KeyboardInterrupt
         again = told == AGAIN and requeue()
         raise Stopped(f"stopped by a signal {where}" + ("; Slurm starts it again" if again else ""), again=again)
 

@@ -8,7 +8,6 @@ What is finished is read from results, what was under way goes on from its check
 """
 
 import contextlib
-import ctypes
 import logging
 import os
 import signal
@@ -43,8 +42,6 @@ SECONDS_BETWEEN_CLAIMS: Final = 1.0  # of a run that another sweep has in hand
 SIGNALS: Final = (signal.SIGINT, *stopping.SIGNALS)
 # A run is a launch of its own, whatever launched the sweep: it is no rank of that, and must not requeue its job.
 LAUNCHERS: Final = ("TORCHELASTIC_RUN_ID", "WORLD_SIZE", "RANK", "LOCAL_RANK", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
-PR_SET_PDEATHSIG: Final = 1
-LIBC: Final = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 @dataclass(eq=False)
@@ -342,7 +339,7 @@ class _Workers:
                 stdout=said,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a terminal's Ctrl-C reaches it through us alone, once
-                preexec_fn=partial(_end_with, os.getpid()),
+                preexec_fn=partial(stopping.end_with, os.getpid()),
             )
         worker.run, worker.claim, worker.since, worker.signals = run, claim, time.monotonic(), 0
         run.become("running")
@@ -409,14 +406,6 @@ class _Workers:
                     else:
                         os.kill(worker.process.pid, signal.SIGTERM)
                 worker.signals = len(self.signals)
-
-
-def _end_with(parent: int) -> None:
-    """In a child, before it becomes a run: when the sweep is killed, the run is told to stop. Linux alone can do it."""
-    if LIBC is not None:
-        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it was killed just now
-            os._exit(stopping.CODE)
 
 
 def _reason(run: Run, code: int, failed: Path) -> str:

@@ -50,6 +50,8 @@ def script(works: Sequence[Work], *, hosts: Sequence[str], devices: int, workdir
         number = ' --node-rank="$1"' if hosts else ""
         rest = ["-m", "hhbench", "run", "--config", str(work.config), *work.flags, "--resume"]
         told = f"{TOLD}={shlex.quote(str(work.told))}"
+        earlier = shlex.join(["rm", "-f", f"{work.told}.failed", f"{work.told}.stopped"])
+        lines.append(f'[ "$1" != 0 ] || {earlier}' if hosts else earlier)
         tee = shlex.join(["tee", "-ai", str(work.log)])  # not ended by Ctrl-C before what it listens to
         lines.append(f"{told} {shlex.join(run)}{number} {shlex.join(rest)} 2>&1 \\\n  | {tee} || failed=1")
     return "\n".join([*lines, 'exit "$failed"']) + "\n"

@@ -159,6 +159,7 @@ def loader(split: Split, data: TaskData, config: RunConfig, *, train: bool, seed
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=config.workers,
+        worker_init_fn=stopping.outlive_signals,
         persistent_workers=config.workers > 0,
         # What a task collates with need not be picklable. Elsewhere than on Linux forking is not safe.
         multiprocessing_context="fork" if config.workers and sys.platform == "linux" else None,
@@ -538,6 +539,7 @@ class TransferStage(_Stage):
     def __init__(self, model: nn.Module, schedule: Schedule, loss: Loss = "weights", queries: int = 0) -> None:
         super().__init__(model, schedule)
         self.draws = torch.Generator()
+        self.seed = torch.initial_seed()  # the run's, on every rank: dropout's, later, is one of each rank's own
         self.losses = {name: TransferLoss(loss=loss, queries=queries, generator=self.draws) for name in slots(model)}
         hosted = slots(model).items()
         self.taught = [name for name, s in hosted if any(p.requires_grad for p in s.attention.parameters())]
@@ -557,7 +559,7 @@ class TransferStage(_Stage):
         if part == 0:
             optimizer.zero_grad()  # type: ignore[union-attr]
         draw = (self.global_step * self.accumulation + part) * world_size() + rank()
-        self.draws.manual_seed((torch.initial_seed() + 1_000_003 * draw) % 2**63)
+        self.draws.manual_seed((self.seed + 1_000_003 * draw) % 2**63)
         queries = attended_tokens(batch) * batch["counts"]
         self.tokens += queries
         weight = self.weight(queries, batch_idx) * bool(queries) / len(self.taught)
@@ -751,7 +753,7 @@ def fit(
             # Lightning would start the epoch that was interrupted afresh.
             train.batch_sampler.set_epoch(epoch)
             train.batch_sampler.taken = {epoch: taken * batches_per_step}
-        with _interruptible():
+        with _interruptible(), stopping.steps():
             trainer.fit(stage, train, validation, ckpt_path=resume, weights_only=True)
     if isinstance(stage, TrainStage):
         stage.make_whole()

@@ -46,10 +46,6 @@ def call(args: argparse.Namespace) -> int:
     if told is None:
         with heeding():
             return _run(args, None)
-    from hhbench.ranks import launched
-
-    for suffix in (".failed", ".stopped") if launched().rank == 0 else ():
-        told.with_name(told.name + suffix).unlink(missing_ok=True)
     try:
         with heeding():  # before anything heavy is imported: a cluster's signal may come then
             return _run(args, told)
@@ -64,8 +60,10 @@ def call(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace, told: Path | None) -> int:
     configs = configs_of(args)
-    from hhbench import ranks
+    from hhbench import ranks, stopping
 
+    if ranks.launched().by == "torchrun":
+        stopping.end_with(os.getppid())  # a rank whose agent is gone would hold its device, and the run's lock
     ranks.connect(configs[0])
     from hhbench.runner import execute, expand, fetch, prepare, train_teacher
 
