@@ -101,7 +101,7 @@ class HedgehogWindow(Attention):
         form: str = "auto",
     ) -> Tensor | tuple[Tensor, HybridState]:
         """See `LinearAttention.forward`: the same forms, the same use of a state."""
-        check_inputs(self.shape, q, k, v, key_mask)
+        check_inputs(self.shape, q, k, v, key_mask, positions)
         if form not in FORMS:
             raise unknown_name("form", form, FORMS)
         if state is not None or return_state:
@@ -127,7 +127,7 @@ class HedgehogWindow(Attention):
         self, q: Tensor, k: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor:
         """See `Attention.weights`. Bidirectional, `positions` say where tokens stand that come in another order."""
-        check_inputs(self.shape, q, k, None, key_mask)
+        check_inputs(self.shape, q, k, None, key_mask, positions)
         with torch.autocast(q.device.type, enabled=False):
             q, k = _prepared(key_mask, q, k)
             k = repeat_heads(k, self.shape.num_heads)

@@ -41,7 +41,7 @@ class Softmax(Attention):
         key_mask: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        check_inputs(self.shape, q, k, v, key_mask)
+        check_inputs(self.shape, q, k, v, key_mask, positions)
         dropout = self.shape.dropout if self.training else 0.0
         if self._flash_attn and q.is_cuda and key_mask is None and q.dtype in (torch.float16, torch.bfloat16):
             from flash_attn import flash_attn_func
@@ -79,7 +79,7 @@ class Softmax(Attention):
     def weights(
         self, q: Tensor, k: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor:
-        check_inputs(self.shape, q, k, None, key_mask)
+        check_inputs(self.shape, q, k, None, key_mask, positions)
         q, k = zero_padding(q, key_mask), zero_padding(k, key_mask)
         scores = q @ repeat_heads(k, self.shape.num_heads).mT * self.shape.scale
         visible = visible_keys(

@@ -52,7 +52,7 @@ class SoftmaxWindow(Attention):
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, WindowState]:
         """See `Attention.forward`, and `Attention.has_state` for the state."""
-        check_inputs(self.shape, q, k, v, key_mask)
+        check_inputs(self.shape, q, k, v, key_mask, positions)
         if state is not None or return_state:
             refuse_state_unless_causal(self.shape)
         q, k, v = (zero_padding(x, key_mask) for x in (q, k, v))
@@ -66,7 +66,7 @@ class SoftmaxWindow(Attention):
     def weights(
         self, q: Tensor, k: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor:
-        check_inputs(self.shape, q, k, None, key_mask)
+        check_inputs(self.shape, q, k, None, key_mask, positions)
         q, k = zero_padding(q, key_mask), zero_padding(k, key_mask)
         visible = self._visible(key_mask, q.shape[2], k.shape[2], q.device)
         return masked_softmax(q @ repeat_heads(k, self.shape.num_heads).mT * self.shape.scale, visible)

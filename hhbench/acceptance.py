@@ -464,8 +464,11 @@ def _data(case: _Case) -> Iterator[Doubt]:
         data = case.data
     except DataError:
         files = case.task.dataset(str(case.config.dataset)).files if case.task and case.has_known_data else ()
-        if files and hashes == {file.name: file.sha256 for file in files}:
+        pinned = {file.name: file.sha256 for file in files}
+        if files and hashes == pinned:
             yield "WARN", "its hash is the pinned file's"
+        elif files and hashes.keys() == pinned.keys():
+            yield "FAIL", "its hash is another than the pinned file's"
         raise
     if hashes != dict(data.hashes):
         yield "FAIL", f"other data: {_shown(json.dumps(hashes), 200)}, and here {json.dumps(dict(data.hashes))}"

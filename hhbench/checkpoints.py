@@ -147,7 +147,6 @@ class Checkpoints(Callback):
     def __init__(self, folder: Path, accumulation: int, *, minutes: float) -> None:
         self.folder, self.accumulation, self.seconds = folder, accumulation, 60 * minutes
         self._saved = 0.0
-        self._random: dict[str, Any] = {}  # as it was between the last two steps
         self._everywhere: list[dict[str, Any]] = []  # the same of each rank, while a checkpoint is written
         self._resumed: list[dict[str, Any]] = []
 
@@ -170,49 +169,20 @@ class Checkpoints(Callback):
             return
         if len(self._resumed) == world_size():
             set_random_state(self._resumed[rank()])
-        self._resumed, self._random = [], random_state()
+        self._resumed = []
         # Validation and the order of a new epoch lie behind: nothing is between this and the step.
-        stopping.step_begins()
-        self._heed(trainer, module, due=rank() == 0 and time.monotonic() - self._saved >= self.seconds)
-
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if (batch_idx + 1) % self.accumulation == 0:
-            self._random = random_state()
-
-    def on_validation_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        self._heed(trainer, module)  # validation may be long
-        stopping.step_ended()
-
-    def on_validation_end(self, *args: Any) -> None:
-        self._random = random_state()
-
-    def on_exception(
-        self, trainer: lightning.Trainer, module: lightning.LightningModule, exception: BaseException
-    ) -> None:
-        # Ranks are interrupted at different places: only one alone can save without waiting for another.
-        apart = stopping.stepping() or world_size() > 1
-        if isinstance(exception, KeyboardInterrupt) and trainer.global_step and not apart:
-            self._save(trainer)
-
-    def _heed(self, trainer: lightning.Trainer, module: lightning.LightningModule, *, due: bool = False) -> None:
-        """Save if it is due, or if a rank was told to stop; then stop."""
+        due = rank() == 0 and time.monotonic() - self._saved >= self.seconds
         agreed = largest_over_ranks(max(stopping.noted(), stopping.SAVE * due), module.device)
         if agreed and trainer.global_step:
             self._save(trainer)
         stopping.stop(agreed, f"after step {trainer.global_step}")
 
     def _save(self, trainer: lightning.Trainer) -> None:
-        # Lightning counts the batch that is under way, and would validate a step early ever after; gradients of a step
-        # that was begun are lost, so that all its batches are to come again.
+        # Lightning counts the batch that is under way, and would validate a step early ever after.
         progress = trainer.fit_loop.epoch_loop.batch_progress
         kept = progress.state_dict()
-        begun = progress.current.completed % self.accumulation
-        for counts in (progress.current, progress.total):
-            counts.completed -= begun
         progress.total.ready = progress.total.completed
-        self._everywhere = gathered(self._random)
+        self._everywhere = gathered(random_state())
         content = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         progress.load_state_dict(kept)
         if rank() == 0:

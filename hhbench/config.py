@@ -270,7 +270,7 @@ class RunConfig:
     )
     num_nodes: int = setting("machines", default=1, type=int, check=_positive, changes_result=False, group="machine")
     strategy: str = setting(
-        "ddp: each device trains a copy; fsdp: a share of the weights, for models too large for one",
+        "ddp: each device trains a copy; fsdp: it keeps a share of weights, gradients and moments while it trains",
         default="ddp",
         choices=("ddp", "fsdp"),
         changes_result=False,

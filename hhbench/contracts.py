@@ -326,7 +326,14 @@ def identity_weight(num_heads: int, head_dim: int, width: int) -> Tensor:
     return weight
 
 
-def check_inputs(shape: MixerShape, q: Tensor, k: Tensor, v: Tensor | None, key_mask: Tensor | None) -> None:
+def check_inputs(
+    shape: MixerShape,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    key_mask: Tensor | None,
+    positions: Tensor | None = None,
+) -> None:
     """Refuse tensors that don't fit the shape, with the shapes in the message."""
     of_q, of_k, H, G, D = q.shape, k.shape, shape.num_heads, shape.num_kv_heads, shape.head_dim
     if len(of_q) != 4 or of_q[1] != H or of_q[3] != D:
@@ -343,6 +350,8 @@ def check_inputs(shape: MixerShape, q: Tensor, k: Tensor, v: Tensor | None, key_
         raise UsageError(
             f"key_mask must be bool [{B}, {num_keys}], True = attend, not {key_mask.dtype} {list(key_mask.shape)}"
         )
+    if positions is not None and positions.shape != (B, num_keys):
+        raise UsageError(f"positions must be [{B}, {num_keys}], not {list(positions.shape)}")
 
 
 def check_hidden_states(shape: MixerShape, x: Tensor, key_mask: Tensor | None) -> None:

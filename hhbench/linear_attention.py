@@ -109,7 +109,7 @@ class LinearAttention(Attention):
             form: "quadratic", "chunked" or "recurrent"; "auto" takes the cheapest for the shape.
             For the others see `Attention.forward`.
         """
-        check_inputs(self.shape, q, k, v, key_mask)
+        check_inputs(self.shape, q, k, v, key_mask, positions)
         if form not in FORMS:
             raise unknown_name("form", form, FORMS)
         if state is not None or return_state:
@@ -147,7 +147,7 @@ class LinearAttention(Attention):
     def weights(
         self, q: Tensor, k: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor:
-        check_inputs(self.shape, q, k, None, key_mask)
+        check_inputs(self.shape, q, k, None, key_mask, positions)
         with without_autocast(q.device):
             if positions is None:
                 positions = self._positions(k, key_mask, None)

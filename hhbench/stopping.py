@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Final
 
 from hhbench.errors import HHBenchError
-from hhbench.ranks import launched, largest_over_ranks, requeue, requeue_this_job
+from hhbench.ranks import largest_over_ranks, launched, requeue, requeue_this_job
 from hhbench.result import TOLD
 
 log = logging.getLogger("hhbench")
@@ -32,7 +32,6 @@ PR_SET_PDEATHSIG: Final = 1
 LIBC: Final = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 _received: set[int] = set()
-_stepping = False  # whether a step has begun, so that what a checkpoint would hold is neither before nor after it
 _patience: threading.Timer | None = None
 
 
@@ -58,10 +57,10 @@ def _note(number: int, frame: FrameType | None) -> None:
 
 
 def _note_interrupt(number: int, frame: FrameType | None) -> None:
-    if not _stepping or number in _received:
+    if number in _received:
         signal.default_int_handler(number, frame)
     _received.add(number)
-    log.warning("finishing this step to keep it; Ctrl-C again stops at once and goes back to the last checkpoint")
+    log.warning("stopping after this step, or validation; Ctrl-C again: at once, to go on from the last checkpoint")
 
 
 def heed() -> None:
@@ -89,7 +88,9 @@ def heeding() -> Iterator[None]:
 
 @contextlib.contextmanager
 def steps() -> Iterator[None]:
-    """Inside, Ctrl-C waits for the end of a step."""
+    """Inside, the first Ctrl-C waits for the end of a step: in the midst of one, weights, counts and buffers are of
+    different steps.
+    """
     ours = (
         threading.current_thread() is threading.main_thread()
         and signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a job in the background ignores it
@@ -98,8 +99,10 @@ def steps() -> Iterator[None]:
         signal.signal(signal.SIGINT, _note_interrupt)
     try:
         yield
+    except BaseException:
+        _received.discard(signal.SIGINT)
+        raise
     finally:
-        step_ended()
         if ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -130,22 +133,6 @@ def _end_with_parent(parent: int) -> None:
     os._exit(0)
 
 
-def step_begins() -> None:
-    """From here on weights, counts and buffers may be of different steps."""
-    global _stepping
-    _stepping = True
-
-
-def step_ended() -> None:
-    """What counts the last step lies behind as well."""
-    global _stepping
-    _stepping = False
-
-
-def stepping() -> bool:
-    return _stepping
-
-
 def _forget() -> None:
     global _patience
     if _patience is not None:
@@ -155,8 +142,8 @@ def _forget() -> None:
 
 
 def noted() -> int:
-    """What this process was told: AGAIN, END, INTERRUPT or NOTHING. SIGTERM starts a trial of `hhbench submit` again, and nobody
-    else's job: that may have more steps than this one.
+    """What this process was told: AGAIN, END, INTERRUPT or NOTHING. SIGTERM starts a trial of `hhbench submit` again,
+    and nobody else's job: that may have more steps than this one.
     """
     if not _received:
         return NOTHING

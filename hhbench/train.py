@@ -762,6 +762,7 @@ def fit(
     tokens = int(summed_over_ranks(stage.tokens, stage.device))
     report = StageReport(clock.seconds, tokens, steps, None if best is None else best.score)
     checkpoints.save_finished(folder, stage.changed(), dataclasses.asdict(report))
+    stopping.stop_between_stages(f"after {title}")
     return report
 
 

@@ -1,6 +1,6 @@
 """How much faster than softmax is hhbench's linear attention here? The goals' table, measured again in one run.
 
-python scripts/bench_goals.py               all rows, about fifteen minutes on one core
+python scripts/bench_goals.py               all rows, about ten minutes on one core
 python scripts/bench_goals.py --quick       few rounds, no sequence above 4,096
 python scripts/bench_goals.py --rows decode,decode-compiled
 python scripts/bench_goals.py --rows profile-crossover      does a finer sweep find what `hhbench profile` states?

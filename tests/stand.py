@@ -1,6 +1,7 @@
 """A tiny task with its data and a model, ready to be trained, for tests of training."""
 
 import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ class Tiny(Task):
 
     Attributes:
         seen: the indices of each batch.
-        at: what to do with the loss of the n-th step, counted from 0.
+        at: a signal that comes in the n-th step, counted from 0, or what its loss is multiplied by.
     """
 
     name = "tiny"
@@ -93,9 +94,10 @@ class Tiny(Task):
         if model.training:
             event = self.at.get(len(self.seen))
             self.seen.append(batch["index"].tolist())
-            if isinstance(event, BaseException):
-                raise event
-            losses = losses if event is None else losses * event
+            if isinstance(event, signal.Signals):
+                os.kill(os.getpid(), event)
+            elif event is not None:
+                losses = losses * event
         return StepOutput(losses.sum(), len(labels), (right, losses.detach()), losses.detach())
 
     def metrics(self, data: TaskData, config: RunConfig) -> MetricCollection:
@@ -205,13 +207,22 @@ class RecordedTraining(Recorded, TrainStage):
 
 
 class RecordedTransfer(Recorded, TransferStage):
-    pass
+    """Keeps what its draws of each batch begin with, too."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.seeds: list[int] = []
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        super().training_step(batch, batch_idx)
+        self.seeds.append(self.draws.initial_seed())
 
 
 def child_environment() -> dict[str, str]:
     """Of a process that can import the tests."""
     paths = [str(Path(__file__).parent), str(Path(train.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+    threads = str(torch.get_num_threads())  # sums over other numbers of threads end in other bits
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": threads}
 
 
 def assert_equal(one: nn.Module, other: nn.Module) -> None:

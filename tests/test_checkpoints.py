@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import multiprocessing
 import os
 import random
 import resource
@@ -48,7 +49,7 @@ def test_an_interrupted_stage_goes_on_from_its_last_step(tmp_path):
     whole.fit(tmp_path / "whole", whole_stage)
 
     stand = Stand()
-    stand.task.at[5] = KeyboardInterrupt()  # the first batch of the second epoch
+    stand.task.at[4] = signal.SIGINT  # the last batch of the first epoch
     with pytest.raises(KeyboardInterrupt):
         stand.fit(tmp_path / "cut", stand.stage(schedule))
     assert last(tmp_path / "cut")["global_step"] == 5
@@ -71,7 +72,7 @@ def test_a_stage_interrupted_in_mid_epoch_sees_the_rest_of_it(tmp_path):
     whole = Stand()
     whole.fit(tmp_path / "whole", whole.stage(schedule))
     stand = Stand()
-    stand.task.at[7] = KeyboardInterrupt()
+    stand.task.at[6] = signal.SIGINT
     with pytest.raises(KeyboardInterrupt):
         stand.fit(tmp_path / "cut", stand.stage(schedule))
     resumed = Stand(resume=True)
@@ -81,7 +82,7 @@ def test_a_stage_interrupted_in_mid_epoch_sees_the_rest_of_it(tmp_path):
     assert resumed.task.seen == whole.task.seen[7:]
 
 
-@pytest.mark.parametrize("cuts", [(2, 5, 8), (4, 4, 9)])
+@pytest.mark.parametrize("cuts", [(2, 5, 8), (4, 5, 9)])
 def test_a_stage_may_be_interrupted_again_and_again(cuts, tmp_path):
     schedule = make_schedule(1e-2, 2.0, 0.1, 0.1, 1.0)
     whole = Stand()
@@ -91,11 +92,11 @@ def test_a_stage_may_be_interrupted_again_and_again(cuts, tmp_path):
     for cut in (*cuts, None):
         stand = Stand(resume=True)
         if cut is not None:
-            stand.task.at[cut - done] = KeyboardInterrupt()
+            stand.task.at[cut - done - 1] = signal.SIGINT
         stage = stand.stage(schedule)
         with contextlib.nullcontext() if cut is None else pytest.raises(KeyboardInterrupt):
             stand.fit(tmp_path / "cut", stage)
-        seen += stand.task.seen if cut is None else stand.task.seen[:-1]
+        seen += stand.task.seen
         validations += [found["step"] for found in stage.validations]
         done = len(seen)
     assert seen == whole.task.seen
@@ -113,7 +114,7 @@ def test_an_interrupted_transfer_goes_on(tmp_path):
         stand = Stand(resume=True)
         stage = RecordedTransfer(stand.model, schedule)
         if cut is not None:
-            stage.on_train_batch_start = interrupt_at(cut)
+            stage.on_train_batch_start = interrupt_at(cut - 1)
         with contextlib.nullcontext() if cut is None else pytest.raises(KeyboardInterrupt):
             stand.fit(tmp_path / "cut", stage, validate=False)
         steps += stage.steps
@@ -122,34 +123,61 @@ def test_an_interrupted_transfer_goes_on(tmp_path):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
 
 
-def interrupt_at(step: int) -> Any:
+def interrupt_at(batch_number: int) -> Any:
     def hook(batch: Batch, batch_idx: int) -> None:
-        if batch_idx == step:
-            raise KeyboardInterrupt
+        if batch_idx == batch_number:
+            os.kill(os.getpid(), signal.SIGINT)
 
     return hook
 
 
 def test_a_stage_interrupted_while_it_validates_goes_on(tmp_path):
     schedule = make_schedule(1e-2, 2.0, 0.1, 0.1, 1.0)
-    whole = Stand()
+    whole = Stand(dropout=0.3)
     whole.fit(tmp_path / "whole", whole.stage(schedule))
-    stand = Stand()
+    stand = Stand(dropout=0.3)
     stage = stand.stage(schedule)
     stage.on_validation_batch_start = interrupt_at(0)
     with pytest.raises(KeyboardInterrupt):
         stand.fit(tmp_path / "cut", stage)
-    resumed = Stand(resume=True)
+    assert [found["step"] for found in stage.validations] == [5]  # whose score may turn out to be the best
+    resumed = Stand(dropout=0.3, resume=True)
     stage = resumed.stage(schedule)
     resumed.fit(tmp_path / "cut", stage)
     assert stage.steps == [5, 6, 7, 8, 9]
     assert resumed.task.seen == whole.task.seen[5:]
-    assert stage.validations[-1]["step"] == 10
+    assert [found["step"] for found in stage.validations] == [10]
+    assert_equal(resumed.model, whole.model)
+
+
+def test_ctrl_c_once_more_stops_at_once(tmp_path):
+    """In the midst of a step there is nothing to keep: the last checkpoint is."""
+    stand = Stand(checkpoint_minutes=0.0)
+    stage = stand.stage()
+
+    def interrupt_twice(batch: Batch, batch_idx: int) -> None:
+        for _ in range(2 * (batch_idx == 2)):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    stage.on_train_batch_start = interrupt_twice
+    with pytest.raises(KeyboardInterrupt):
+        stand.fit(tmp_path, stage)
+    assert stage.steps == [0, 1]
+    assert last(tmp_path)["global_step"] == 2
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_in_the_last_step_ends_what_comes_after_the_stage(tmp_path):
+    stand = Stand()
+    stand.task.at[4] = signal.SIGINT
+    with pytest.raises(KeyboardInterrupt):
+        stand.fit(tmp_path)
+    assert checkpoints.load_finished(tmp_path) is not None
 
 
 def test_an_interrupted_stage_is_not_continued_unasked(tmp_path):
     stand = Stand()
-    stand.task.at[3] = KeyboardInterrupt()
+    stand.task.at[2] = signal.SIGINT
     with pytest.raises(KeyboardInterrupt):
         stand.fit(tmp_path)
     again = Stand()
@@ -163,7 +191,7 @@ def test_an_interrupted_stage_is_not_continued_unasked(tmp_path):
 
 def cut_off(stand: Stand, folder: Path, stage: Any, *, at: int, **arguments: Any) -> dict[str, Any]:
     """Fit until Ctrl-C before that batch; the checkpoint that is left."""
-    stage.on_train_batch_start = interrupt_at(at)
+    stage.on_train_batch_start = interrupt_at(at - 1)
     with pytest.raises(KeyboardInterrupt):
         stand.fit(folder, stage, **arguments)
     return last(folder)
@@ -252,7 +280,7 @@ def test_what_is_dropped_out_after_a_resumption_is_what_would_have_been(at, tmp_
     whole = Stand(dropout=0.3)
     whole.fit(tmp_path / "whole", whole.stage(schedule), validate=False)
     stand = Stand(dropout=0.3)
-    stand.task.at[at] = KeyboardInterrupt()
+    stand.task.at[at - 1] = signal.SIGINT
     with pytest.raises(KeyboardInterrupt):
         stand.fit(tmp_path / "cut", stand.stage(schedule), validate=False)
     resumed = Stand(dropout=0.3, resume=True)
@@ -261,7 +289,7 @@ def test_what_is_dropped_out_after_a_resumption_is_what_would_have_been(at, tmp_
 
 
 @pytest.mark.parametrize("kind", ["train", "transfer"])
-def test_a_step_cut_off_between_its_parts_is_taken_whole(kind, tmp_path):
+def test_a_step_that_is_interrupted_between_its_parts_is_taken_whole(kind, tmp_path):
     def make(**changes: Any) -> tuple[Stand, Any]:
         stand = Stand(train_examples=32, micro_batch_size=2, **changes)
         return stand, stand.stage() if kind == "train" else RecordedTransfer(stand.model, SCHEDULE, "both", 3)
@@ -271,11 +299,11 @@ def test_a_step_cut_off_between_its_parts_is_taken_whole(kind, tmp_path):
     whole.fit(tmp_path / "whole", stage, validate=validate)
     stand, stage = make()
     kept = cut_off(stand, tmp_path / "cut", stage, at=6, validate=validate)  # the third part of the second step
-    assert kept["global_step"] == 1
+    assert kept["global_step"] == 2
     resumed, stage = make(resume=True)
     stage_report = resumed.fit(tmp_path / "cut", stage, validate=validate)
     assert stage_report.steps == 4
-    assert stage.steps == [1, 2, 3]
+    assert stage.steps == [2, 3]
     assert_equal(resumed.model, whole.model)
 
 
@@ -371,6 +399,30 @@ def test_a_killed_stage_ends_where_it_would_have(tmp_path):
         resumed.fit(tmp_path / kind, stage, validate=kind == "train")
         assert stage.steps == [7, 8, 9]
         assert_equal(resumed.model, whole.model)
+
+
+def test_what_loads_data_outlives_the_signals_of_a_run(tmp_path):
+    """Terminals, torchrun and Slurm send theirs to all of its processes: the step can still be finished."""
+    stand = Stand(workers=2, micro_batch_size=2, train_examples=160)
+    stage, told = stand.stage(), []
+
+    def tell_all(batch: Batch, batch_idx: int) -> None:
+        if batch_idx == 9:
+            told.extend(child.pid for child in multiprocessing.active_children())
+            for name in ("INT", "USR1", "TERM"):
+                subprocess.run(["kill", f"-{name}", *map(str, told)], check=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stage.on_train_batch_start = tell_all
+    with pytest.raises(Stopped, match="after step 3"):
+        stand.fit(tmp_path, stage, validate=False)
+    assert len(told) == 2
+    assert last(tmp_path)["global_step"] == 3
+    del stand, stage
+    deadline = time.monotonic() + 60
+    while set(told) & {child.pid for child in multiprocessing.active_children()}:
+        assert time.monotonic() < deadline, "their parent's word ends them"
+        time.sleep(0.1)
 
 
 # --- the same run ---
@@ -488,7 +540,7 @@ def test_a_checkpoint_of_two_parts_to_a_step_goes_on_in_four(tmp_path):
     whole = Stand(micro_batch_size=4)
     whole.fit(tmp_path / "whole", whole_stage := whole.stage(make_schedule(1e-2, 2.0, 0.1, 0.1, 1.0)))
     stand = Stand(micro_batch_size=4)
-    cut_off(stand, tmp_path / "cut", stand.stage(make_schedule(1e-2, 2.0, 0.1, 0.1, 1.0)), at=5)
+    cut_off(stand, tmp_path / "cut", stand.stage(make_schedule(1e-2, 2.0, 0.1, 0.1, 1.0)), at=4)
     resumed = Stand(micro_batch_size=2, resume=True)
     stage = resumed.stage(make_schedule(1e-2, 2.0, 0.1, 0.1, 1.0))
     resumed.fit(tmp_path / "cut", stage)

@@ -154,6 +154,14 @@ def test_what_lies_within_the_noise_is_none():
     assert compare(profile(new), profile(linear(noise=noise))).regressions == []
 
 
+def test_few_rounds_are_not_judged():
+    new = [cell("elu", n, 2e-6 * n, noise=NOISE[:2]) for n in LENGTHS] + softmax()
+    found = compare(profile(new), profile(linear()))
+    assert found.regressions == []
+    assert "fewer than 3 rounds in 5 cells: their noise is not known, nor judged their time" in found.lines
+    assert compare(profile(linear(scale=2.0)), profile(new)).regressions == []
+
+
 def test_more_memory_and_wrong_numbers_are_regressions():
     new = linear()
     new[0] = dataclasses.replace(new[0], peak_bytes=2**25)
@@ -250,7 +258,14 @@ def test_labels_do_not_lie_over_each_other():
 def test_plots_are_written(tmp_path):
     made = profile([*linear(), *linear(work="train"), *linear(work="token"), *linear(work="first token")])
     paths = plots.save_plots(made, tmp_path / "plots")
-    assert [path.name for path in paths] == ["time.png", "tokens.png", "memory.png", "decode.png"]
+    assert [path.name for path in paths] == [
+        "time.png",
+        "tokens.png",
+        "speedup.png",
+        "memory.png",
+        "decode.png",
+        "flops.png",
+    ]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
 

@@ -42,13 +42,25 @@ def no_launcher(monkeypatch):
         ),
         (
             {
+                "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1",
+            },
+            Launch("Slurm", 4, 1, 1, nodes=2),
+        ),
+        (
+            {
+                "TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "RANK": "3", "LOCAL_RANK": "1",
+            },
+            Launch("torchrun", 4, 3, 1, nodes=2),
+        ),
+        (
+            {
                 "TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1",
                 "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0",
             },
             Launch("torchrun", 4, 3, 1),  # its agents were started by srun
         ),
     ],
-    ids=["nobody", "a batch script", "srun", "torchrun under srun"],
+    ids=["nobody", "a batch script", "srun", "srun, two machines", "torchrun, two machines", "torchrun under srun"],
 )  # fmt: skip
 def test_who_started_this_process(environment, expected, no_launcher, monkeypatch):
     for name, value in environment.items():
@@ -74,6 +86,25 @@ def test_a_world_of_another_size_is_refused_at_once(devices, nodes, started, no_
     message = f"Slurm started {started} processes; --devices {devices} x --num-nodes {nodes} is {devices * nodes}"
     with pytest.raises(UsageError, match=message):
         ranks.connect(make_config(devices=devices, num_nodes=nodes, batch_size=8))
+
+
+def test_a_world_spread_otherwise_over_machines_is_refused(no_launcher, monkeypatch):
+    for name, value in (("STEP_NUM_TASKS", 4), ("STEP_NUM_NODES", 1), ("PROCID", 0), ("LOCALID", 0)):
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    with pytest.raises(UsageError, match="Slurm started 4 processes on 1 machine, not on 2"):
+        ranks.connect(make_config(devices=2, num_nodes=2, batch_size=8))
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_shell_that_srun_started_is_no_rank(devices, no_launcher, monkeypatch):
+    """srun --pty bash: what runs there starts its own processes."""
+    for name, value in (("STEP_NUM_TASKS", 1), ("STEP_NUM_NODES", 1), ("PROCID", 0), ("LOCALID", 0)):
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    ranks.connect(make_config(devices=devices, batch_size=8))
+    assert ranks.world_size() == 1
+    assert launched().alone
+    with pytest.raises(UsageError, match="Slurm started 1 process; --devices 1 x --num-nodes 2 is 2"):
+        ranks.connect(make_config(num_nodes=2, batch_size=8))
 
 
 def test_a_machine_whose_name_does_not_resolve_is_named(no_launcher, monkeypatch):
@@ -121,6 +152,7 @@ def record(folder: Path, devices: int) -> dict[str, Any]:
             "expected tokens": sum(stand.data.train.lengths),
             "validation": report.validation,
             "weights": copy.deepcopy(stand.model.state_dict()),
+            "seeds": [] if trains else stage.seeds,
         }
     stand = Stand(devices=devices)
     for name, split in stand.data.tests.items():
@@ -168,6 +200,29 @@ def record_handed_over(folder: Path, devices: int, *, stop: bool, resume: bool) 
     return {"steps": stage.steps, "seen": stand.task.seen, "tokens": tokens, "weights": stand.model.state_dict()}
 
 
+def record_scores(folder: Path, devices: int) -> dict[str, Any]:
+    """The test score after training with dropout, for each seed."""
+    scores = []
+    for seed in range(4):
+        stand = Stand(devices=devices, dropout=0.1, train_examples=320)
+        torch.manual_seed(seed)
+        stage = stand.stage(make_schedule(5e-3, 3.0, 0.0, 0.1, 1.0))
+        stand.fit(folder / str(seed), stage, validate=False)
+        scores.append(evaluate(stage, stand.batches(stand.data.tests["many"]), stand.config, title="test")[0])
+    return {"scores": [found["accuracy"] for found in scores]}
+
+
+def record_unused(folder: Path, *, find: bool) -> str:
+    """What is said of a weight that the loss doesn't reach; "" if the stage is trained."""
+    stand = Stand(devices=2, find_unused_parameters=find)
+    stand.model.register_parameter("idle", torch.nn.Parameter(torch.zeros(3)))
+    try:
+        stand.fit(folder, validate=False)
+    except HHBenchError as error:
+        return str(error)
+    return ""
+
+
 def record_as_rank(folder: str) -> None:
     """What each of two processes runs."""
     ranks.connect(make_config(devices=2))
@@ -176,6 +231,10 @@ def record_as_rank(folder: str) -> None:
     for strategy in ("ddp", "fsdp"):
         found[f"stopped, {strategy}"] = record_stopped(Path(folder) / strategy, strategy)
     record_handed_over(Path(folder) / "handed", 2, stop=True, resume=False)
+    found["handed up"] = record_handed_over(Path(folder) / "handed up", 2, stop=False, resume=True)
+    found |= record_scores(Path(folder) / "scores", 2)
+    found["unused"] = record_unused(Path(folder) / "unused", find=False)
+    found["unused, found"] = record_unused(Path(folder) / "unused", find=True)
     torch.save(found, Path(folder) / f"rank-{ranks.rank()}.pt")
     ranks.barrier()
 
@@ -193,6 +252,7 @@ def worlds(tmp_path_factory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
     script = folder / "script.py"
     script.write_text("import sys\nfrom test_ranks import record_as_rank\nrecord_as_rank(sys.argv[1])\n")
+    record_handed_over(folder / "handed up", 1, stop=True, resume=False)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     run = subprocess.run(
         [*command, str(script), str(folder)],
@@ -207,6 +267,7 @@ def worlds(tmp_path_factory) -> list[dict[str, Any]]:
     one = record(folder / "one", 1)
     one["whole"] = record_handed_over(folder / "alone", 1, stop=False, resume=False)
     one["handed over"] = record_handed_over(folder / "handed", 1, stop=False, resume=True)
+    one |= record_scores(folder / "scores one", 1)
     return [one, *ranks]
 
 
@@ -271,6 +332,39 @@ def test_one_process_goes_on_where_two_were_stopped(worlds):
     assert rest["tokens"] == whole["tokens"]
     for name, tensor in whole["weights"].items():
         torch.testing.assert_close(rest["weights"][name], tensor, atol=1e-4, rtol=0, msg=name)
+
+
+def test_two_processes_go_on_where_one_was_stopped(worlds):
+    whole = worlds[0]["whole"]
+    for world in worlds[1:]:
+        rest = world["handed up"]
+        assert rest["steps"] == list(range(3, 10))
+        assert rest["tokens"] == whole["tokens"]
+        for name, tensor in whole["weights"].items():
+            torch.testing.assert_close(rest["weights"][name], tensor, atol=1e-4, rtol=0, msg=name)
+    parts = zip(*(world["handed up"]["seen"] for world in worlds[1:]), strict=True)
+    assert [sorted(a + b) for a, b in parts] == [sorted(batch) for batch in whole["seen"][3:]]
+
+
+def test_with_dropout_two_processes_score_as_one_does(worlds):
+    """Each rank drops out what it draws itself: the scores differ as those of seeds do."""
+    one, two, other = (world["scores"] for world in worlds)
+    assert two == other != one
+    spread = max(one) - min(one)
+    assert min(one) > 0.6  # of two answers: it learned something
+    assert abs(sum(two) - sum(one)) / len(one) <= max(spread, 0.03)
+
+
+def test_no_two_draws_of_a_transfer_are_the_same(worlds):
+    drawn = [world["transfer in parts"]["seeds"] for world in worlds[1:]]
+    assert len(drawn[0]) == len(drawn[1]) > 5
+    assert len({seed for seeds in drawn for seed in seeds}) == 2 * len(drawn[0])
+
+
+def test_weights_that_the_loss_does_not_reach_are_named_and_looked_for_when_asked(worlds):
+    for world in worlds[1:]:
+        assert world["unused"].startswith("1 parameters take no part in the loss: idle. Freeze them, or add --find-")
+        assert world["unused, found"] == ""
 
 
 def test_a_sharded_model_has_a_share_on_each_rank(worlds):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 import signal
 from pathlib import Path
 
@@ -551,18 +552,16 @@ def test_the_validation_split_picks_the_learning_rate(out):
 @pytest.fixture
 def interrupt_at(monkeypatch):
     """Ctrl-C at the given training step, counted over all stages; never again after it."""
-    handler = signal.getsignal(signal.SIGINT)
     step, left = TrainStage.training_step, [0]
 
     def counting(self, batch, batch_idx):
         left[0] -= 1
         if left[0] == 0:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
         return step(self, batch, batch_idx)
 
     monkeypatch.setattr(TrainStage, "training_step", counting)
-    yield lambda count: left.__setitem__(0, count)
-    signal.signal(signal.SIGINT, handler)  # Lightning ignores further ones from then on
+    return lambda count: left.__setitem__(0, count)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 Times are compared as parts of yardsticks measured in the same profile, so that a slower machine is no regression: the
 product of matrices that shows the ceiling, and softmax at the same work and length. A cell is a regression if it got
-slower by both of them: 99 of 100 resamplings of the rounds of both profiles lie above TOLERANCE. Softmax itself, and
+slower by both of them: 99 of 100 resamplings of the rounds of both profiles lie above TOLERANCE. One of few rounds is
+not judged by its time. Softmax itself, and
 what has no softmax beside it, is measured by the product alone. A cell that needs more memory by more than TOLERANCE,
 or that no longer runs or no longer computes what it did, is a regression too.
 """
@@ -20,6 +21,7 @@ from hhbench.profile.rounds import resampled
 
 TOLERANCE: Final = 0.1
 CERTAINTY: Final = 0.01
+ROUNDS: Final = 3  # fewer have no noise that they could be told from
 SMALL: Final = 2**20  # bytes: below it a growth of memory means nothing
 
 
@@ -30,7 +32,7 @@ class Change:
     Attributes:
         cell: the new one.
         ratio: new time over old time, by the yardstick that shows the smaller growth; None where only one has a time.
-        low: what the ratio is above in 99 of 100 resamplings.
+        low: what the ratio is above in 99 of 100 resamplings; None where there are too few rounds.
         why: what makes it a regression; empty where it is none.
     """
 
@@ -71,6 +73,9 @@ def compare(new: Profile, old: Profile) -> Comparison:
     said = [f"against {old.created}: {compared} cells compared, {sum(bool(c.why) for c in changes)} regressions"]
     if new.device != old.device:
         said.append(f"the older one ran on {old.device}, this one on {new.device}: yardsticks make up for that in part")
+    unjudged = sum(change.ratio is not None and change.low is None for change in changes)
+    if unjudged:
+        said.append(f"fewer than {ROUNDS} rounds in {unjudged} cells: their noise is not known, nor judged their time")
     versions = sorted({c.cell.attention for c in changes if c.cell.version != _version(old, c.cell)})
     if versions:
         said.append(f"computes something else than before (another version): {', '.join(versions)}")
@@ -111,13 +116,14 @@ def _change(cell: Cell, before: Cell, new: Profile, old: Profile) -> Change:
         measures.append(grown * resampled(theirs, random) / resampled(ours, random))
         points.append(_ratio(cell.seconds, before.seconds) * _ratio(theirs, ours))
     low = min(float(np.quantile(measure, CERTAINTY)) for measure in measures)
-    why = f"{low - 1:.0%} slower at least" if low > 1 + TOLERANCE else ""
+    few = min(len(cell.seconds), len(before.seconds)) < ROUNDS
+    why = f"{low - 1:.0%} slower at least" if low > 1 + TOLERANCE and not few else ""
     if cell.peak_bytes is not None and before.peak_bytes is not None:
         more = cell.peak_bytes - before.peak_bytes
         if more > max(SMALL, TOLERANCE * before.peak_bytes):
             memory = f"{more / 1e6:,.0f} MB more memory ({cell.peak_bytes / max(before.peak_bytes, 1):.2f} times)"
             why = f"{why}; {memory}" if why else memory
-    return Change(cell, min(points), low, why)
+    return Change(cell, min(points), None if few else low, why)
 
 
 def _ceiling(profile: Profile, cell: Cell) -> list[float]:

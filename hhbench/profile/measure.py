@@ -239,8 +239,12 @@ class _Session:
             said = f"about {_seconds(sample)} each time" if sample else "it was spent before"
             self._end(entry, track, record.NOT_RUN, f"budget: {said}")
             return
-        needed, free = _forecast(track.memory, entry.length, least=1.0), free_memory(self.device)
-        if needed is not None and free is not None and needed > MEMORY_SHARE * free:
+        needed = max(
+            _forecast(track.memory, entry.length, least=1.0) or 0.0,
+            self.subject.least_bytes(DTYPES[entry.dtype], entry.length),
+        )
+        free = free_memory(self.device)
+        if free is not None and needed > MEMORY_SHARE * free:
             self._end(entry, track, record.NOT_RUN, f"memory: about {needed / 1e9:,.0f} GB of {free / 1e9:,.0f} free")
             return
         start = time.perf_counter()

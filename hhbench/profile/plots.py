@@ -1,6 +1,7 @@
 """Pictures of a profile. matplotlib is imported here alone: it is an optional dependency."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 from hhbench.errors import HHBenchError
 from hhbench.profile.record import Cell, Profile
+from hhbench.profile.report import speedup
 from hhbench.profile.subjects import is_softmax
 
 SIZES = {"font.size": 10, "axes.titlesize": 11, "axes.labelsize": 10, "figure.titlesize": 12, "savefig.dpi": 120}
@@ -25,7 +27,10 @@ def save_plots(profile: Profile, folder: Path) -> list[Path]:
 
         time.png       milliseconds against the length, with p10 to p90
         tokens.png     tokens a second
+        speedup.png    softmax's time over the attention's
+        crossover.png  from which length on softmax is slower, and how sure that is
         memory.png     the most that a call held
+        flops.png      stated FLOPs, and their rate as a part of the ceiling
         decode.png     first token, each further one, and the state
 
     Raises:
@@ -41,13 +46,11 @@ def save_plots(profile: Profile, folder: Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         with rc_context(SIZES):
             for dtype in profile.ordered("dtype"):
-                for name, panels in _drawn(profile, dtype).items():
-                    if not panels:
-                        continue
-                    figure = Figure(layout="constrained", figsize=(6.4 * len(panels) + 0.4, 6.2))
+                for name, draw in _drawn(profile, dtype).items():
+                    figure = Figure(layout="constrained", figsize=(6.4 * len(draw) + 0.4, 6.2))
                     FigureCanvasAgg(figure)
-                    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-                        _panel(axes, profile, *panel)
+                    for axes, panel in zip(figure.subplots(1, len(draw), squeeze=False)[0], draw, strict=True):
+                        panel(axes)
                     figure.suptitle(_title(profile, dtype))
                     path = folder / (f"{name}.png" if len(profile.ordered("dtype")) == 1 else f"{name}-{dtype}.png")
                     figure.savefig(path)
@@ -63,33 +66,67 @@ def need_matplotlib() -> None:
         raise HHBenchError("--plots needs matplotlib: pip install 'hhbench[plot]'")
 
 
-Panel = tuple[str, str, list[Cell], Callable[[Cell], Sequence[float] | None]]
+Value = Callable[[Cell], Sequence[float] | None]
+Panel = Callable[[Any], None]  # draws into axes
 
 
 def _drawn(profile: Profile, dtype: str) -> dict[str, list[Panel]]:
-    """By file, its panels: title, what is counted, the cells, and the value with its lower and upper end."""
+    """By file, its panels; a file without any is left out."""
     by_work = {
         work: [cell for cell in profile.cells if (cell.work, cell.dtype) == (work, dtype) and cell.measured]
         for work in WORDS
     }
 
-    def panels(works: Sequence[str], unit: str, value: Callable[[Cell], Sequence[float] | None]) -> list[Panel]:
+    def panels(works: Sequence[str], unit: str, value: Value, title: str | None = None) -> list[Panel]:
         return [
-            (WORDS[work], unit, by_work[work], value)
+            partial(_panel, profile=profile, title=title or WORDS[work], unit=unit, cells=by_work[work], value=value)
             for work in works
             if any(value(cell) is not None for cell in by_work[work])
         ]
 
     passes, decoding = ("train", "prefill"), ("first token", "token")
-    drawn = {
+    drawn: dict[str, list[Panel]] = {
         "time": panels(passes, "ms", lambda c: _spread(c, 1e3)),
         "tokens": panels(passes, "tokens/s", lambda c: _one(c.tokens_per_s)),
+        "speedup": panels(
+            (*passes, "token"),
+            "times softmax's speed",
+            lambda c: None if is_softmax(c.attention) else _one(speedup(profile, c)),
+        ),
+        "crossover": [
+            partial(_crossovers, profile=profile, work=work, dtype=dtype)
+            for work in WORDS
+            if any((c.work, c.dtype) == (work, dtype) for c in profile.crossovers)
+        ],
         "memory": panels(passes, "MB at most, inputs apart", lambda c: _one(c.peak_bytes, 1e-6)),
-        "decode": panels(decoding, "ms", lambda c: _spread(c, 1e3)),
+        "flops": [
+            *panels(passes, "GFLOP of a call, as stated", lambda c: _one(c.flops, 1e-9))[-1:],
+            *panels(passes, "MFU, %", lambda c: _one(c.mfu, 100.0)),
+        ],
+        "decode": [
+            *panels(decoding, "ms", lambda c: _spread(c, 1e3)),
+            *panels(("token",), "kB kept", lambda c: _one(c.state_bytes, 1e-3), title="state"),
+        ],
     }
-    state = panels(("token",), "kB kept", lambda c: _one(c.state_bytes, 1e-3))
-    drawn["decode"] += [("state", *panel[1:]) for panel in state]
-    return drawn
+    return {name: found for name, found in drawn.items() if found}
+
+
+def _crossovers(axes: Any, profile: Profile, work: str, dtype: str) -> None:
+    """A line for each attention: from which length on softmax is slower, and between which it lies with 95 %."""
+    found = [c for c in profile.crossovers if (c.work, c.dtype) == (work, dtype)]
+    look = styles(profile.ordered("attention"))
+    axes.set_xscale("log", base=2)
+    for row, one in enumerate(found):
+        colour = look[one.attention]["color"]
+        if one.length is not None:
+            axes.plot([one.low or one.first, one.high or one.last], [row, row], color=colour, linewidth=5, alpha=0.4)
+            axes.plot([one.length], [row], color=colour, marker="o", markersize=5)
+        axes.text(1.02, row, one.said, transform=axes.get_yaxis_transform(), va="center", fontsize=9)
+    axes.set_yticks(range(len(found)), [one.attention for one in found])
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.set_title(WORDS[work])
+    axes.set_xlabel("tokens from which on softmax is slower")
+    _lengths(axes, sorted({cell.length for cell in profile.cells if cell.measured}))
 
 
 def _one(value: float | None, scale: float = 1.0) -> Sequence[float] | None:
@@ -140,13 +177,12 @@ def _panel(
     title: str,
     unit: str,
     cells: list[Cell],
-    value: Callable[[Cell], Sequence[float] | None],
+    value: Value,
 ) -> None:
     """Lines with a name at the end of each."""
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     ends: list[tuple[str, float, float]] = []
-    longest = max(cell.length for cell in cells)
     look = styles(profile.ordered("attention"))
     for label in profile.ordered("attention"):
         points = [(c.length, v) for c in cells if c.attention == label and (v := value(c)) is not None]
@@ -160,15 +196,19 @@ def _panel(
     axes.set_title(title)
     axes.set_xlabel("tokens")
     axes.set_ylabel(unit)
-    lengths = sorted({cell.length for cell in cells})
+    _lengths(axes, sorted({cell.length for cell in cells}))
+    _name(axes, ends, look)
+
+
+def _lengths(axes: Any, lengths: Sequence[int]) -> None:
+    """The axis of tokens, and nothing around it."""
     shown = lengths if len(lengths) <= 10 else lengths[:: -(-len(lengths) // 10)]
     axes.set_xticks(shown, [_short(length) for length in shown])
     axes.minorticks_off()
-    axes.set_xlim(lengths[0] / 1.1, longest * 1.1)
+    axes.set_xlim(lengths[0] / 1.1, lengths[-1] * 1.1)
     axes.grid(True, which="major", alpha=0.25)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    _name(axes, ends, look)
 
 
 def _name(axes: Any, ends: list[tuple[str, float, float]], look: dict[str, dict[str, Any]]) -> None:

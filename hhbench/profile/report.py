@@ -174,11 +174,15 @@ def fastest_softmax(profile: Profile, cell: Cell) -> Cell | None:
     return min(there, key=lambda other: other.p50 or 0.0, default=None)
 
 
-def _times(profile: Profile, cell: Cell) -> str:
+def speedup(profile: Profile, cell: Cell) -> float | None:
+    """The fastest softmax's time over a cell's; None where one of them has none."""
     other = fastest_softmax(profile, cell)
-    if other is None or not (other.p50 and cell.p50):
-        return ""
-    return f"{other.p50 / cell.p50:.3g}"
+    return other.p50 / cell.p50 if other is not None and other.p50 and cell.p50 else None
+
+
+def _times(profile: Profile, cell: Cell) -> str:
+    times = speedup(profile, cell)
+    return "" if times is None else f"{times:.3g}"
 
 
 def _spread(cell: Cell, scale: float, *, short: bool = False) -> str:

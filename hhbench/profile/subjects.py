@@ -40,6 +40,23 @@ def is_softmax(label: str) -> bool:
     return label == SOFTMAX or label in BACKENDS
 
 
+def state_bytes(module: Attention | SequenceMixer, length: int, dtype: torch.dtype, batch_size: int) -> int | None:
+    """What decoding keeps after `length` tokens. Sums are kept in float32; a cache of keys and values, and those of a
+    window, in the type that they have.
+    """
+    stated = module.state_bytes(length, batch_size=batch_size)
+    if stated is None or dtype == torch.float32:
+        return stated
+    if not module.has_state:
+        return stated * dtype.itemsize // torch.float32.itemsize
+    device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.get_default_device())
+    inputs = random_inputs(module.shape, isinstance(module, SequenceMixer), 1, dtype, device, batch_size)
+    with torch.no_grad(), autocast(device, dtype):
+        _, state = module(*inputs, return_state=True)
+    kept: int = state.nbytes  # as after any number of tokens
+    return kept
+
+
 @dataclass(frozen=True, kw_only=True)
 class Workload:
     """One cell's work.
@@ -94,6 +111,10 @@ class Subject(ABC):
             UsageError: there is none; the message says why.
         """
 
+    def least_bytes(self, dtype: torch.dtype, length: int) -> int:
+        """The memory of a call of which nothing else is known yet."""
+        return 0
+
 
 class LayerSubject(Subject):
     """One attention layer. Attentions are given q, k and v; sequence mixers hidden states of the width of all heads."""
@@ -135,6 +156,10 @@ class LayerSubject(Subject):
         }
         return make[work](label, module, dtype, length)
 
+    def least_bytes(self, dtype: torch.dtype, length: int) -> int:
+        """q, k, v and the output."""
+        return 4 * self.batch_size * length * self.request.heads * self.request.head_dim * dtype.itemsize
+
     def _shape(self, length: int) -> MixerShape:
         r = self.request
         return MixerShape(
@@ -172,9 +197,6 @@ class LayerSubject(Subject):
     def _forward_flops(self, module: Attention | SequenceMixer, new: int, every: int) -> int | None:
         return module.flops(new, every, batch_size=self.batch_size)
 
-    def _state_bytes(self, module: Attention | SequenceMixer, length: int) -> int | None:
-        return module.state_bytes(length, batch_size=self.batch_size)
-
     def _train(self, label: str, module: Attention | SequenceMixer, dtype: torch.dtype, length: int) -> Workload:
         parameters = list(module.parameters())
 
@@ -193,7 +215,7 @@ class LayerSubject(Subject):
         forward = self._forward_flops(module, length, length)
         # A backward pass makes two products of each that the forward pass makes.
         flops = None if forward is None else 3 * forward
-        return self._work(prepare, module, length, self.batch_size * length, flops)
+        return self._work(prepare, module, dtype, length, self.batch_size * length, flops)
 
     def _prefill(self, label: str, module: Attention | SequenceMixer, dtype: torch.dtype, length: int) -> Workload:
         def prepare() -> Callable[[], object]:
@@ -201,7 +223,7 @@ class LayerSubject(Subject):
             return self._quiet(label, lambda: module_call(module, inputs, dtype))
 
         flops = self._forward_flops(module, length, length)
-        return self._work(prepare, module, length, self.batch_size * length, flops)
+        return self._work(prepare, module, dtype, length, self.batch_size * length, flops)
 
     def _first(self, label: str, module: Any, dtype: torch.dtype, length: int) -> Workload:
         """A prompt is read, and what decoding needs of it is kept."""
@@ -213,7 +235,7 @@ class LayerSubject(Subject):
             return self._quiet(label, lambda: self._with_state(module, inputs, dtype))
 
         flops = self._forward_flops(module, length, length)
-        return self._work(prepare, module, length, self.batch_size * length, flops)
+        return self._work(prepare, module, dtype, length, self.batch_size * length, flops)
 
     def _token(self, label: str, module: Any, dtype: torch.dtype, length: int) -> Workload:
         """One token after `length` others: from the state, over a cache of keys and values, or all of it once more."""
@@ -248,7 +270,7 @@ class LayerSubject(Subject):
 
         new = length + 1 if isinstance(module, SequenceMixer) and not module.has_state else 1
         flops = self._forward_flops(module, new, length + 1)
-        return self._work(prepare, module, length, self.batch_size, flops, note)
+        return self._work(prepare, module, dtype, length, self.batch_size, flops, note)
 
     def _with_state(self, module: Any, inputs: list[Tensor], dtype: torch.dtype, state: Any = None) -> Any:
         with autocast(self.device, dtype):
@@ -265,12 +287,13 @@ class LayerSubject(Subject):
         self,
         prepare: Callable[[], Callable[[], object]],
         module: Attention | SequenceMixer,
+        dtype: torch.dtype,
         length: int,
         tokens: int,
         flops: int | None,
         note: str = "",
     ) -> Workload:
-        state = self._state_bytes(module, length) if self.request.causal else None
+        state = state_bytes(module, length, dtype, self.batch_size) if self.request.causal else None
         return Workload(prepare=prepare, tokens=tokens, flops=flops, state_bytes=state, note=note)
 
 

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ from hhbench.errors import UsageError
 from hhbench.hosts.probe import learned_positions
 from hhbench.profile.correctness import autocast, complaint
 from hhbench.profile.request import MODES, Request, model_name
-from hhbench.profile.subjects import FIRST, PREFILL, SLACK, TOKEN, TRAIN, WORKS, Subject, Workload
+from hhbench.profile.subjects import FIRST, PREFILL, SLACK, TOKEN, TRAIN, WORKS, Subject, Workload, state_bytes
 from hhbench.runner import prepare
 from hhbench.task import TASKS, Batch
 from hhbench.train import Schedule, attended_tokens, loader, parameter_groups
@@ -141,7 +142,9 @@ class ModelSubject(_Hosted):
             return run
 
         forward = self._flops(model, length, length, heads=length)
-        return self._work(prepare, model, length, self.batch_size * length, None if forward is None else 3 * forward)
+        return self._work(
+            prepare, model, dtype, length, self.batch_size * length, None if forward is None else 3 * forward
+        )
 
     def _prefill(self, model: nn.Module, dtype: torch.dtype, length: int) -> Workload:
         def prepare() -> Callable[[], object]:
@@ -149,7 +152,7 @@ class ModelSubject(_Hosted):
             return lambda: self._forward(model, dtype, ids)
 
         flops = self._flops(model, length, length, heads=1)
-        return self._work(prepare, model, length, self.batch_size * length, flops)
+        return self._work(prepare, model, dtype, length, self.batch_size * length, flops)
 
     def _first(self, model: Any, dtype: torch.dtype, length: int) -> Workload:
         if not self._caches(model):
@@ -160,7 +163,7 @@ class ModelSubject(_Hosted):
             return lambda: self._forward(model, dtype, ids, self._cache(model))
 
         flops = self._flops(model, length, length, heads=1)
-        return self._work(prepare, model, length, self.batch_size * length, flops)
+        return self._work(prepare, model, dtype, length, self.batch_size * length, flops)
 
     def _token(self, model: Any, dtype: torch.dtype, length: int) -> Workload:
         if not self._caches(model):
@@ -174,7 +177,7 @@ class ModelSubject(_Hosted):
             cache, ids = copy.deepcopy(read), self._ids(1)
             return lambda: self._forward(model, dtype, ids, cache)
 
-        return self._work(prepare, model, length, self.batch_size, self._flops(model, 1, length + 1, heads=1))
+        return self._work(prepare, model, dtype, length, self.batch_size, self._flops(model, 1, length + 1, heads=1))
 
     def _forward(self, model: nn.Module, dtype: torch.dtype, ids: Tensor, cache: Cache | None = None) -> Any:
         """The logits of the last token."""
@@ -210,11 +213,12 @@ class ModelSubject(_Hosted):
         self,
         prepare: Callable[[], Callable[[], object]],
         model: nn.Module,
+        dtype: torch.dtype,
         length: int,
         tokens: int,
         flops: int | None,
     ) -> Workload:
-        states = [part.state_bytes(length, batch_size=self.batch_size) for part in hosts.attentions(model)]
+        states = [state_bytes(part, length, dtype, self.batch_size) for part in hosts.attentions(model)]
         state = None if any(one is None for one in states) else sum(one for one in states if one is not None)
         return Workload(prepare=prepare, tokens=tokens, flops=flops, state_bytes=state if self.decodes else None)
 
@@ -287,6 +291,10 @@ class TaskSubject(_Hosted):
         groups = parameter_groups(model, model.parameters(), schedule)
         fused = self.device.type in ("cpu", "cuda")
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, schedule.beta2), fused=fused)
+        for parameter in itertools.chain.from_iterable(group["params"] for group in groups):
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()  # its moments are there before a step is watched
+        optimizer.zero_grad()
         turn = iter(range(2**31))
 
         def prepare_step() -> Callable[[], object]:
