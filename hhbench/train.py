@@ -447,11 +447,11 @@ class TrainStage(_Stage):
         unused = [name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
         if not unused:
             return
-        named = (
-            f"{len(unused)} parameters take no part in the loss: {', '.join(unused[:5])}{', ...' * (len(unused) > 5)}"
-        )
+        one = len(unused) == 1
+        named = f"{len(unused)} parameter{' takes' if one else 's take'} no part in the loss: {', '.join(unused[:5])}"
+        named += ", ..." * (len(unused) > 5)
         if world_size() > 1 and not self.config.find_unused_parameters:
-            raise HHBenchError(f"{named}. Freeze them, or add --find-unused-parameters, which costs time")
+            raise HHBenchError(f"{named}. Freeze what it leaves out, or add --find-unused-parameters, which costs time")
         if rank() == 0:
             log.warning("%s", named)
 

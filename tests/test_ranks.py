@@ -21,6 +21,8 @@ from hhbench.ranks import Launch, first_host, launched
 from hhbench.stopping import Stopped
 from hhbench.train import evaluate
 
+pytestmark = pytest.mark.xdist_group("ranks")  # what two processes did is found out once
+
 # --- who started this process ---
 
 
@@ -204,9 +206,9 @@ def record_scores(folder: Path, devices: int) -> dict[str, Any]:
     """The test score after training with dropout, for each seed."""
     scores = []
     for seed in range(4):
-        stand = Stand(devices=devices, dropout=0.1, train_examples=320)
+        stand = Stand(devices=devices, dropout=0.1, train_examples=240)
         torch.manual_seed(seed)
-        stage = stand.stage(make_schedule(5e-3, 3.0, 0.0, 0.1, 1.0))
+        stage = stand.stage(make_schedule(5e-3, 1.0, 0.0, 0.1, 1.0))
         stand.fit(folder / str(seed), stage, validate=False)
         scores.append(evaluate(stage, stand.batches(stand.data.tests["many"]), stand.config, title="test")[0])
     return {"scores": [found["accuracy"] for found in scores]}
@@ -352,7 +354,7 @@ def test_with_dropout_two_processes_score_as_one_does(worlds):
     assert two == other != one
     spread = max(one) - min(one)
     assert min(one) > 0.6  # of two answers: it learned something
-    assert abs(sum(two) - sum(one)) / len(one) <= max(spread, 0.03)
+    assert abs(sum(two) - sum(one)) / len(one) <= spread
 
 
 def test_no_two_draws_of_a_transfer_are_the_same(worlds):
@@ -363,7 +365,9 @@ def test_no_two_draws_of_a_transfer_are_the_same(worlds):
 
 def test_weights_that_the_loss_does_not_reach_are_named_and_looked_for_when_asked(worlds):
     for world in worlds[1:]:
-        assert world["unused"].startswith("1 parameters take no part in the loss: idle. Freeze them, or add --find-")
+        assert world["unused"].startswith(
+            "1 parameter takes no part in the loss: idle. Freeze what it leaves out, or add --find-"
+        )
         assert world["unused, found"] == ""
 
 

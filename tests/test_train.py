@@ -294,7 +294,7 @@ def test_parameters_without_a_gradient_are_named(tmp_path, caplog):
     stand = Stand()
     stand.model.register_parameter("idle", nn.Parameter(torch.zeros(3)))
     stand.fit(tmp_path, validate=False)
-    assert caplog.text.count("1 parameters take no part in the loss: idle") == 1
+    assert caplog.text.count("1 parameter takes no part in the loss: idle") == 1
     caplog.clear()
     stand = Stand()
     stand.fit(tmp_path, validate=False)
