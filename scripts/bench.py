@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results" / "performance"
 PAGE = ROOT / "docs" / "performance.md"
 START, END = "<!-- table: docs/results/performance/{}.json -->\n", "<!-- end of table -->"
+TABLES = ("goals", "peers", "training", "transfer-smollm2", "transfer-minilm")
 
 H, D = 12, 64
 CLOCK = Clock(torch.device("cpu"), threads=1)
@@ -67,7 +68,7 @@ class Row:
         value: the median; None where it was not measured, and `note` says why.
         low: 10 % of what was seen lies below; None where there is no spread.
         high: 10 % of what was seen lies above.
-        unit: "x" (a ratio), "tokens", "error" (of the maximum) or "KL" (nats).
+        unit: "x" (a ratio), "%" (a ratio, too), "tokens", "error" (of the maximum) or "KL" (nats).
         goal: to reach; None where none was set.
         at_most: the goal is an upper bound.
         reached: None where there is no goal, or where something else than the goal's case was measured.
@@ -198,17 +199,17 @@ def machine() -> str:
     return f"{result.cpu_name()} ({family}{torch.backends.cpu.get_cpu_capability()}{amx})"
 
 
-def record(script: str, rows: Sequence[Row], effort: Effort) -> dict[str, Any]:
+def record(script: str, rows: Sequence[Row], *, quick: bool = False, **more: Any) -> dict[str, Any]:
     """What a run leaves behind, as plain JSON values."""
-    environment = result.environment(device=machine(), world_size=1, threads=1, precision="float32")
+    threads = torch.get_num_threads()
+    environment = result.environment(device=machine(), world_size=1, threads=threads, precision="float32")
     return {
         "script": f"scripts/{script}.py",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "quick": effort.quick,
-        "max_length": effort.max_length,
+        "quick": quick,
         "cores": os.cpu_count(),
         "environment": environment,
-        "shape": {"batch": 1, "heads": H, "head_dim": D},
+        **more,
         "rows": [asdict(row) for row in rows],
     }
 
@@ -221,6 +222,8 @@ def shown(value: float, unit: str) -> str:
         return f"{value:.1e}"
     if unit == "tokens":
         return f"{value:,.0f}"
+    if unit == "%":
+        return f"{value:.1%}"
     if unit == "KL":
         return f"{value:.4f}"
     return f"{value:.1f}x" if value >= 10 else f"{value:.2f}x"
@@ -232,13 +235,13 @@ def table(found: Mapping[str, Any]) -> str:
     commit = (environment["commit"] or "unknown")[:10] + (" and changes" if environment["dirty"] else "")
     quick = "A quick run: few rounds, and short sequences only. " if found["quick"] else ""
     return (
-        f"{quick}{found['created'][:10]}, {environment['device']}, {found['cores']} cores of which one thread is used, "
+        f"{quick}{found['created'][:10]}, {environment['device']}, {environment['threads']} of {found['cores']} cores, "
         f"torch {environment['versions']['torch']}, Python {environment['python']}, commit {commit}.\n\n"
-        + rows_table([Row(**values) for values in found["rows"]])
+        + _rows_table([Row(**values) for values in found["rows"]])
     )
 
 
-def rows_table(rows: Iterable[Row]) -> str:
+def _rows_table(rows: Iterable[Row]) -> str:
     lines = ["| what | measured | p10 .. p90 | goal | reached | |", "|---|---:|---:|---:|---|---|"]
     for row in rows:
         value = low_high = goal = ""
@@ -256,7 +259,7 @@ def rows_table(rows: Iterable[Row]) -> str:
 def blocks() -> dict[str, str]:
     """What stands under each marker of the page: the table of its result file."""
     made = {}
-    for name in ("goals", "peers"):
+    for name in TABLES:
         path = RESULTS / f"{name}.json"
         made[START.format(name)] = table(json.loads(path.read_text())) if path.exists() else "Not run yet.\n"
     return made
@@ -279,9 +282,13 @@ def parser(description: str | None, rows: Iterable[str]) -> argparse.ArgumentPar
     made.add_argument("--rounds", type=int, metavar="N", help="of every comparison (15; 5 with --quick)")
     made.add_argument("--max-length", type=int, metavar="N", help="no longer sequence; the goals then don't apply")
     made.add_argument("--rows", metavar="A,B", help=f"only these of {', '.join(rows)}")
+    add_outputs(made)
+    return made
+
+
+def add_outputs(made: argparse.ArgumentParser) -> None:
     made.add_argument("--json", type=Path, metavar="FILE", help="write the result file here as well")
     made.add_argument("--publish", action="store_true", help="put the result into docs/results and docs/performance.md")
-    return made
 
 
 def effort_of(args: argparse.Namespace) -> Effort:
@@ -306,6 +313,12 @@ def chosen(wanted: str | None, known: Iterable[str], kind: str) -> list[str]:
         if name not in names:
             raise unknown_name(kind, name, names)
     return picked
+
+
+def settings_of(effort: Effort) -> dict[str, Any]:
+    """What `record` is to say of how an attention was measured."""
+    shape = {"batch": 1, "heads": H, "head_dim": D}
+    return {"quick": effort.quick, "max_length": effort.max_length, "shape": shape}
 
 
 def finish(found: dict[str, Any], args: argparse.Namespace, name: str) -> None:

@@ -47,6 +47,7 @@ from bench import (
     ratio_row,
     record,
     say,
+    settings_of,
     softmax,
     training,
 )
@@ -464,7 +465,7 @@ def main() -> int:
         for row in ROWS[name](effort):
             say(f"  {row.what}: {row.value if row.value is None else format(row.value, '.3g')} {row.note}")
             rows.append(row)
-    finish(record("bench_goals", rows, effort), args, "goals")
+    finish(record("bench_goals", rows, **settings_of(effort)), args, "goals")
     return 0
 
 

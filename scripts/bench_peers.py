@@ -41,6 +41,7 @@ from bench import (
     ratio_row,
     record,
     say,
+    settings_of,
     softmax,
     training,
 )
@@ -379,7 +380,7 @@ def main() -> int:
         for row in cell(found, picked, passes, length, effort):
             say(f"  {row.what}: {row.note if row.value is None else format(row.value, '.3g')}")
             rows.append(row)
-    finish(record("bench_peers", rows, effort) | {"packages": [*PACKAGES, FAST_TRANSFORMERS]}, args, "peers")
+    finish(record("bench_peers", rows, **settings_of(effort), packages=[*PACKAGES, FAST_TRANSFORMERS]), args, "peers")
     return 1 if found.disagree else 0
 
 

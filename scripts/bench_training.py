@@ -2,6 +2,7 @@
 
 python scripts/bench_training.py                      glue, lm and imagenet, mini
 python scripts/bench_training.py --task lm --attn hedgehog --rounds 100
+python scripts/bench_training.py --publish            and put the table into docs/performance.md
 
 hhbench's own `fit` trains, with its loader, callbacks, checkpoints and progress. After every block of its steps a bare
 loop (forward, loss, backward, clipping, AdamW, schedule) takes the same steps on a model of its own, from the batches
@@ -12,25 +13,24 @@ the bare loop has none of, is timed apart. The last line is one JSON document.
 
 import argparse
 import copy
-import json
-import platform
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import lightning
 import numpy as np
 import torch
-from bench import chosen, guarded
+from bench import Row, add_outputs, chosen, finish, guarded, record, say
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from hhbench import result, runner
+from hhbench import runner
 from hhbench.config import RunConfig
+from hhbench.errors import HHBenchError, UsageError
 from hhbench.profile.clock import Moment
 from hhbench.profile.rounds import interval, resampled
 from hhbench.task import Batch
@@ -110,27 +110,6 @@ class Interleaved(TrainStage):
         self._since = Moment.now()
 
 
-@dataclass(frozen=True)
-class Row:
-    """One task. `kept` is bare seconds / hhbench's, the median over blocks; 95 % of those of blocks drawn anew lie
-    between `kept_low` and `kept_high`.
-    Both train the same: so say the losses after the first block.
-    """
-
-    task: str
-    attention: str
-    blocks: int
-    steps_per_block: int
-    bare_ms: float
-    ours_ms: float
-    kept: float
-    kept_low: float
-    kept_high: float
-    kept_wall: float
-    loss_ours: float
-    loss_bare: float
-
-
 def measure(task_name: str, attn: str, block: int, rounds: int) -> Row:
     """One fit of a mini run, interleaved with the bare loop."""
     config = RunConfig(task=task_name, attn=attn, regime="scratch", accelerator="cpu", test_examples=VALIDATED)
@@ -172,46 +151,21 @@ def measure(task_name: str, attn: str, block: int, rounds: int) -> Row:
     kept = [theirs.process / mine.process for mine, theirs in zip(ours, bare, strict=True)]
     low, high = interval(resampled(kept, np.random.default_rng(0)))
     per_step = [1000 * statistics.median(m.process for m in moments) / block for moments in (bare, ours)]
+    (mine, theirs) = found.losses[0]  # after the first block: both train the same
+    if abs(mine - theirs) > 1e-4 * abs(theirs):
+        raise HHBenchError(f"{task_name}: the bare loop trains something else: its loss is {theirs}, ours {mine}")
+    walls = statistics.median(theirs.wall / mine.wall for mine, theirs in zip(ours, bare, strict=True))
     return Row(
-        task=f"{task_name} ({task.dataset(str(config.dataset)).title})",
-        attention=plan.label,
-        blocks=len(kept),
-        steps_per_block=block,
-        bare_ms=per_step[0],
-        ours_ms=per_step[1],
-        kept=statistics.median(kept),
-        kept_low=low,
-        kept_high=high,
-        kept_wall=statistics.median(theirs.wall / mine.wall for mine, theirs in zip(ours, bare, strict=True)),
-        loss_ours=found.losses[0][0],
-        loss_bare=found.losses[0][1],
-    )
-
-
-def table(rows: Sequence[Row]) -> str:
-    columns: dict[str, Callable[[Row], str]] = {
-        "task": lambda r: r.task,
-        "attention": lambda r: r.attention,
-        "blocks x steps": lambda r: f"{r.blocks} x {r.steps_per_block}",
-        "bare ms/step": lambda r: f"{r.bare_ms:.2f}",
-        "hhbench ms/step": lambda r: f"{r.ours_ms:.2f}",
-        "throughput kept (95 %)": lambda r: f"{r.kept:.1%} ({r.kept_low:.1%} .. {r.kept_high:.1%})",
-        "by wall clock": lambda r: f"{r.kept_wall:.1%}",
-        "first losses": lambda r: f"{r.loss_ours:.5f} {r.loss_bare:.5f}",
-    }
-    cells = [list(columns), *([cell(row) for cell in columns.values()] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in cells)
-
-
-def machine() -> dict[str, Any]:
-    return {
-        "cpu": result.cpu_name(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "lightning": lightning.__version__,
-    }
+        task_name,
+        f"{task_name} ({task.dataset(str(config.dataset)).title}), {plan.label}: throughput kept",
+        statistics.median(kept),
+        low,
+        high,
+        unit="%",
+        rounds=len(kept),
+        note=f"{len(kept)} blocks of {block} step{'s' * (block > 1)}; by the wall clock {walls:.1%}",
+        details={"ms_per_step": dict(zip(("bare", "hhbench"), per_step, strict=True)), "losses": [mine, theirs]},
+    ).towards(GOAL)
 
 
 def main() -> int:
@@ -220,16 +174,17 @@ def main() -> int:
     parser.add_argument("--attn", default="softmax", help="the cheapest shows the loop's own cost best")
     parser.add_argument("--rounds", type=int, help="blocks that count")
     parser.add_argument("--threads", type=int, default=1, help="of torch: with more, a busy machine distorts ratios")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    add_outputs(parser)
+    args = parser.parse_args()
+    if args.publish and args.task:
+        raise UsageError("--publish needs a run of all tasks: leave --task out")
+    torch.set_num_threads(args.threads)
     rows = []
-    for task in chosen(arguments.task, BLOCKS, "task"):
+    for task in chosen(args.task, BLOCKS, "task"):
         block, rounds = BLOCKS[task]
-        rows.append(measure(task, arguments.attn, block, arguments.rounds or rounds))
-    print(table(rows))
-    about = machine()
-    print(", ".join(f"{name} {value}" for name, value in about.items()))
-    print(json.dumps({"machine": about, "goal": GOAL, "rows": [asdict(row) for row in rows]}))
+        rows.append(measure(task, args.attn, block, args.rounds or rounds))
+        say(f"{rows[-1].what}: {rows[-1].value:.1%}")
+    finish(record("bench_training", rows), args, "training")
     return 0
 
 

@@ -1,8 +1,9 @@
 """What a step of attention transfer costs, as a multiple of the teacher's own forward pass, and what it teaches.
 
 python scripts/bench_transfer.py                            the first layer of SmolLM2
-python scripts/bench_transfer.py --model minilm --layers 2 --lengths 128,256,512
+python scripts/bench_transfer.py --model minilm --lengths 128,256,512
 python scripts/bench_transfer.py --model gpt2               as wide as GPT-2, random weights and no KL
+python scripts/bench_transfer.py --publish                  and put the table into docs/performance.md
 
 A step is the teacher-forced forward pass with the losses back-propagated inside, and AdamW's update of the maps, on the
 whole loss and on a sample of the queries. The teacher's pass is the same model's without a graph, by torch's fused
@@ -14,18 +15,15 @@ layers and heads on a sequence that was not taught. The last line is one JSON do
 
 import argparse
 import copy
-import json
 import math
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from bench import CLOCK, Row, guarded, machine, ratio_row, rows_table, say
+from bench import CLOCK, Row, add_outputs, finish, guarded, ratio_row, record, say
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2Model
 
@@ -34,7 +32,6 @@ from hhbench.distill import TransferLoss, intercepted
 from hhbench.errors import UsageError, unknown_name
 from hhbench.fidelity import measure
 from hhbench.profile.clock import inspect
-from hhbench.result import environment
 from hhbench.tasks.lm import load_texts
 from hhbench.train import encode
 
@@ -182,7 +179,7 @@ def main() -> int:
     made.add_argument("--queries", type=positive, default=256, metavar="N", help="of the sampled loss (256)")
     made.add_argument("--rounds", type=positive, default=5, metavar="N", help="of every comparison (5)")
     made.add_argument("--steps", type=int, default=12, metavar="N", help="taught on the whole loss; 0 = no KL (12)")
-    made.add_argument("--json", type=Path, metavar="FILE", help="write the result here as well")
+    add_outputs(made)
     args = made.parse_args()
     torch.set_num_threads(1)
     teacher = build(args.model, args.layers, max(args.lengths))
@@ -195,20 +192,8 @@ def main() -> int:
             say(f"{row.what}: {row.value:.2f}x ({row.low:.2f} .. {row.high:.2f}), {row.note}")
     if args.steps and args.model != "gpt2":  # random weights have nothing to teach
         rows += quality(args, student, rows, stream)
-    found = {
-        "script": "scripts/bench_transfer.py",
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": environment(device=machine(), world_size=1, threads=1, precision="float32"),
-        "model": args.model,
-        "layers": args.layers,
-        "attention": args.attn,
-        "rows": [asdict(row) for row in rows],
-    }
-    print(f"{args.attn} in {args.layers} layers of {args.model}, {found['created'][:10]}, {machine()}, one thread\n")
-    print(rows_table(rows))
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
-    print(json.dumps(found, allow_nan=False))
+    about = {"model": args.model, "layers": args.layers, "attention": args.attn, "seeds": 1}
+    finish(record("bench_transfer", rows, **about), args, f"transfer-{args.model}")
     return 0
 
 

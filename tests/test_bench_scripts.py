@@ -39,6 +39,26 @@ def rows_of(found: dict[str, Any]) -> dict[str, bench.Row]:
     return {values["name"]: bench.Row(**values) for values in found["rows"]}
 
 
+def test_the_training_script_trains_beside_a_bare_loop_that_does_the_same() -> None:
+    found = run("bench_training", "--task", "imagenet", "--rounds", "2")  # the digits need no download
+    (row,) = rows_of(found).values()
+    assert row.value is not None and row.low is not None and row.high is not None
+    assert 0 < row.low <= row.value <= row.high
+    assert row.rounds == 2
+    assert row.reached == (row.value >= 0.95)
+    mine, theirs = row.details["losses"]
+    assert mine == pytest.approx(theirs, rel=1e-4)
+    assert found["environment"]["threads"] == 1
+
+
+def test_the_transfer_script_has_a_row_for_both_losses_at_each_length() -> None:
+    found = run("bench_transfer", "--model", "gpt2", "--lengths", "16,128", "--tokens", "32", "--rounds", "1")
+    rows = rows_of(found)
+    assert list(rows) == ["whole 16", "sampled 16", "whole 128", "sampled 128"]
+    assert all(row.value is not None and row.value > 0 and "memory" in row.note for row in rows.values())
+    assert [row.goal for row in rows.values()] == [None, None, 2.0, None]
+
+
 def test_the_goals_script_measures_every_row(tmp_path: Path) -> None:
     found = run("bench_goals", "--max-length", "64", "--rounds", "1", "--json", str(tmp_path / "goals.json"))
     assert json.loads((tmp_path / "goals.json").read_text()) == found
@@ -247,7 +267,7 @@ def test_the_truth_is_the_attention_in_float64() -> None:
 def test_an_error_that_is_no_number_is_a_goal_missed() -> None:
     row = bench_goals.worst_row("x", "x", [(1e-7, ["blocks"]), (math.nan, ["blocks"])])
     assert row.reached is False
-    assert "NaN" in bench.table({**bench.record("x", [row], bench.Effort(1)), "rows": [asdict(row)]})
+    assert "NaN" in bench.table({**bench.record("x", [row]), "rows": [asdict(row)]})
 
 
 def test_the_published_tables_are_those_of_the_results() -> None:
