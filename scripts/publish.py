@@ -1,7 +1,7 @@
 """Write the committed tables and their plots from the result files in docs/results.
 
-python scripts/publish.py                     rewrite the tables of README.md, docs/mini.md and docs/conversions.md, and
-                                              the plots beside them
+python scripts/publish.py                     rewrite the tables of README.md, docs/mini.md, docs/conversions.md and
+                                              docs/profile.md, and the plots beside them
 python scripts/publish.py mini runs           first copy every result below runs/ to docs/results/mini
 python scripts/publish.py conversions runs    and here to docs/results/conversions
 """
@@ -21,11 +21,14 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from hhbench import leaderboard, result
 from hhbench.attention import ATTENTIONS
+from hhbench.profile import plots, record, report
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 FIDELITY = ROOT / "docs" / "results" / "fidelity"  # what `hhbench fidelity --json` printed
 FIDELITY_START = "<!-- table: hhbench fidelity, docs/results/fidelity -->\n"
+PROFILE = ROOT / "docs" / "results" / "profile" / "layer-causal-cpu.json"  # what `hhbench profile` stored
+PROFILE_START = "<!-- table: hhbench profile, docs/results/profile -->\n"
 SETS = ("mini", "conversions")  # folders of results, each with a page and a plot of its name
 START, END = "<!-- tables: hhbench leaderboard docs/results/{} -->\n", "<!-- end of tables -->"
 
@@ -48,9 +51,9 @@ def pages() -> dict[tuple[Path, str], str]:
     """
     made = {}
     for name in SETS:
-        tables = leaderboard.tables(result.find(RESULTS / name)[0])
-        made[ROOT / "docs" / f"{name}.md", START.format(name)] = leaderboard.render(tables)
-        if averages := [table for table in tables if table.parts]:
+        found = leaderboard.tables(result.find(RESULTS / name)[0])
+        made[ROOT / "docs" / f"{name}.md", START.format(name)] = leaderboard.render(found)
+        if averages := [table for table in found if table.parts]:
             made[ROOT / "README.md", START.format(name)] = leaderboard.render(averages)
     return made
 
@@ -67,12 +70,29 @@ def fidelity_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def profile_table() -> str:
+    """Its conditions, and what it comes down to for each attention."""
+    profile = record.load(PROFILE)
+    summary = report.sections(profile)[-1]
+    rows = [summary.headers, ["---"] + ["---:"] * (len(summary.headers) - 1), *summary.rows]
+    said = [f"Run {profile.created[:10]}, commit {str(profile.environment['commit'])[:10]}.", *report.lines(profile)]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return "".join(f"- {line}\n" for line in said) + f"\n{summary.heading}:\n\n{table}\n"
+
+
+def tables() -> dict[tuple[Path, str], str]:
+    """Everything that pages are filled with, by the page and its marker."""
+    return pages() | {
+        (ROOT / "docs" / "conversions.md", FIDELITY_START): fidelity_table(),
+        (ROOT / "docs" / "profile.md", PROFILE_START): profile_table(),
+    }
+
+
 def fill_pages() -> None:
-    filled = pages() | {(ROOT / "docs" / "conversions.md", FIDELITY_START): fidelity_table()}
-    for (page, start), tables in filled.items():
+    for (page, start), text in tables().items():
         before, _, rest = page.read_text().partition(start)
         _, _, after = rest.partition(END)
-        page.write_text(f"{before}{start}\n{tables}\n{END}{after}")
+        page.write_text(f"{before}{start}\n{text}\n{END}{after}")
 
 
 def plot(name: str) -> None:
@@ -135,3 +155,4 @@ if __name__ == "__main__":
     fill_pages()
     for each in SETS:
         plot(each)
+    plots.save_plots(record.load(PROFILE), ROOT / "docs" / "profile")

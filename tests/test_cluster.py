@@ -40,16 +40,20 @@ def finish(*arguments: object) -> tuple[int, str, str]:
     return running.returncode, out, err
 
 
+def wait_for_checkpoint(running: "subprocess.Popen[str]", folder: Path) -> None:
+    deadline = time.monotonic() + 200
+    while not list(folder.rglob("step-*.ckpt")) and time.monotonic() < deadline:
+        assert running.poll() is None, running.communicate()[1]
+        time.sleep(0.02)
+
+
 @pytest.mark.slow  # test_ranks.py has the same of two processes
 def test_a_signal_stops_every_process_and_they_go_on(tmp_path):
     arguments = ("--attn", "elu", "--epochs", 10, "--dropout", 0.1, "--checkpoint-minutes", 0.005)
     code, _, err = finish(*arguments, "--out", tmp_path / "whole")
     assert code == 0, err
     with start(*arguments, "--out", tmp_path / "cut") as running:
-        deadline = time.monotonic() + 200
-        while not list(tmp_path.rglob("cut/**/step-*.ckpt")) and time.monotonic() < deadline:
-            assert running.poll() is None, running.communicate()[1]
-            time.sleep(0.02)
+        wait_for_checkpoint(running, tmp_path)
         os.kill(running.pid, signal.SIGUSR1)
         _, err = running.communicate(timeout=120)
     assert running.returncode == 75, err
@@ -62,6 +66,25 @@ def test_a_signal_stops_every_process_and_they_go_on(tmp_path):
     scores = [json.loads(path.read_text())["metrics"] for path in sorted(tmp_path.rglob("result.json"))]
     assert len(scores) == 2
     assert scores[0] == scores[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent is gone")
+def test_processes_whose_agent_is_killed_end_and_let_go_of_the_run(tmp_path):
+    arguments = ("--attn", "elu", "--epochs", 10, "--checkpoint-minutes", 0.005, "--out", tmp_path)
+    with start(*arguments) as running:
+        wait_for_checkpoint(running, tmp_path)
+        listed = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text()
+        children = [Path("/proc", pid) for pid in listed.split()]
+        assert len(children) >= 2
+        running.kill()
+        deadline = time.monotonic() + 60
+        while any(child.exists() for child in children):
+            assert time.monotonic() < deadline, "they hold the run's lock, and their devices"
+            time.sleep(0.1)
+    code, _, err = finish(*arguments, "--resume")
+    assert code == 0, err
+    assert "continuing train from" in err
 
 
 def test_a_process_that_fails_ends_the_others_with_its_message(tmp_path):

@@ -108,17 +108,15 @@ def test_the_python_example_runs(folder: Path) -> None:
 def test_the_tables_are_those_of_the_results() -> None:
     sys.path.insert(0, str(ROOT / "scripts"))
     try:
-        from publish import END, FIDELITY_START, fidelity_table, pages
+        from publish import END, tables
     finally:
         sys.path.pop(0)
-    for (page, start), printed in pages().items():
+    for (page, start), printed in tables().items():
         block = page.read_text().partition(start)[2].partition(END)[0]
-        assert block.count("\n| ") > 5
+        assert block.count("\n| ") > 3
         assert block.strip("\n") == printed.strip("\n"), (
             f"run scripts/publish.py: {page.name} is not what the results say"
         )
-    page = (ROOT / "docs" / "conversions.md").read_text()
-    assert page.partition(FIDELITY_START)[2].partition(END)[0].strip("\n") == fidelity_table().strip("\n")
 
 
 @pytest.mark.parametrize("name", ["mini", "conversions"])
