@@ -38,20 +38,22 @@ def on_all_devices(config: RunConfig, *flags: str) -> list[Path]:
         variables = {TOLD: str(told)}
         if "OMP_NUM_THREADS" not in os.environ:
             variables["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // config.devices))
-        launch = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=config.devices,
-            run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            max_restarts=0,
-        )
+        if "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" not in os.environ:  # of processes that were told to stop; torch says 30
+            variables["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(round(stopping.PATIENCE))
         command = ["-m", "hhbench", "run", "--config", str(settings), "--allow-code", *flags]
         if stopping.noted():
             raise stopping.Stopped("stopped by a signal before its processes started", again=False)
         with _environment(variables), _passing_signals_on() as received:
             try:
+                launch = LaunchConfig(
+                    min_nodes=1,
+                    max_nodes=1,
+                    nproc_per_node=config.devices,
+                    run_id=uuid.uuid4().hex,
+                    rdzv_backend="c10d",
+                    rdzv_endpoint="localhost:0",
+                    max_restarts=0,
+                )
                 elastic_launch(launch, sys.executable)(*command)
             except SignalException as ended:
                 received.add(int(ended.sigval))

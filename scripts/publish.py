@@ -75,9 +75,10 @@ def profile_table() -> str:
     profile = record.load(PROFILE)
     summary = report.sections(profile)[-1]
     rows = [summary.headers, ["---"] + ["---:"] * (len(summary.headers) - 1), *summary.rows]
-    said = [f"Run {profile.created[:10]}, commit {str(profile.environment['commit'])[:10]}.", *report.lines(profile)]
+    made = f"made on {profile.created[:10]}, at commit {str(profile.environment['commit'])[:10]}"
+    said = [made, *report.lines(profile), *(f"warning: {line}" for line in profile.warnings)]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return "".join(f"- {line}\n" for line in said) + f"\n{summary.heading}:\n\n{table}\n"
+    return "".join(f"- {line.strip()}\n" for line in said) + f"\n{summary.heading}:\n\n{table}\n"
 
 
 def tables() -> dict[tuple[Path, str], str]:
