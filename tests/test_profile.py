@@ -360,6 +360,9 @@ def test_a_task_is_measured():
         (name, "train", 64, "measured") for name in ("softmax", "elu")
     ]
     assert found.cells[0].tokens == 4 * 64
+    for cell in found.cells:  # what the model states, of padded batches, and what torch counts
+        assert cell.flops == pytest.approx(cell.counted_flops, rel=0.15)
+        assert cell.mfu == pytest.approx(cell.flops / cell.p50 / found.ceilings[0].flops_per_s)
     assert found.subject["facts"]["dataset"] == TASKS.get("imagenet").build().suites["mini"][0]
 
 

@@ -67,6 +67,24 @@ class _Hosted(Subject):
         return self._converted[key]
 
 
+def _flops(model: nn.Module, batch_size: int, new: int, every: int, *, heads: int) -> int | None:
+    """Of a forward pass: two for each weight of a matrix and token, and what the attentions state.
+
+    Args:
+        new, every: tokens of a sequence that are read, and that attentions see.
+        heads: tokens of a sequence that the head over the vocabulary is asked for.
+    """
+    inside = {id(m) for part in hosts.attentions(model) for m in part.modules()}
+    weights = [m.weight.numel() for m in model.modules() if isinstance(m, MATRICES) and id(m) not in inside]
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head_size = 0 if head is None else head.weight.numel()
+    stated = [part.flops(new, every, batch_size=batch_size) for part in hosts.attentions(model)]
+    if any(one is None for one in stated):
+        return None
+    matrices = (sum(weights) - head_size) * new + head_size * heads
+    return 2 * batch_size * matrices + sum(one for one in stated if one is not None)
+
+
 class ModelSubject(_Hosted):
     """A whole decoder or encoder: `gpt2-LAYERSxWIDTHxHEADS` with random weights, or a model that is there."""
 
@@ -141,7 +159,7 @@ class ModelSubject(_Hosted):
 
             return run
 
-        forward = self._flops(model, length, length, heads=length)
+        forward = _flops(model, self.batch_size, length, length, heads=length)
         return self._work(
             prepare, model, dtype, length, self.batch_size * length, None if forward is None else 3 * forward
         )
@@ -151,7 +169,7 @@ class ModelSubject(_Hosted):
             ids = self._ids(length)
             return lambda: self._forward(model, dtype, ids)
 
-        flops = self._flops(model, length, length, heads=1)
+        flops = _flops(model, self.batch_size, length, length, heads=1)
         return self._work(prepare, model, dtype, length, self.batch_size * length, flops)
 
     def _first(self, model: Any, dtype: torch.dtype, length: int) -> Workload:
@@ -162,7 +180,7 @@ class ModelSubject(_Hosted):
             ids = self._ids(length)
             return lambda: self._forward(model, dtype, ids, self._cache(model))
 
-        flops = self._flops(model, length, length, heads=1)
+        flops = _flops(model, self.batch_size, length, length, heads=1)
         return self._work(prepare, model, dtype, length, self.batch_size * length, flops)
 
     def _token(self, model: Any, dtype: torch.dtype, length: int) -> Workload:
@@ -177,7 +195,8 @@ class ModelSubject(_Hosted):
             cache, ids = copy.deepcopy(read), self._ids(1)
             return lambda: self._forward(model, dtype, ids, cache)
 
-        return self._work(prepare, model, dtype, length, self.batch_size, self._flops(model, 1, length + 1, heads=1))
+        flops = _flops(model, self.batch_size, 1, length + 1, heads=1)
+        return self._work(prepare, model, dtype, length, self.batch_size, flops)
 
     def _forward(self, model: nn.Module, dtype: torch.dtype, ids: Tensor, cache: Cache | None = None) -> Any:
         """The logits of the last token."""
@@ -196,18 +215,6 @@ class ModelSubject(_Hosted):
     def _cache(self, model: Any) -> Cache:
         cache = hosts.StateCache(model)
         return cache if cache.states else DynamicCache()
-
-    def _flops(self, model: nn.Module, new: int, every: int, *, heads: int) -> int | None:
-        """Two for each weight of a matrix and token, and what the attentions state."""
-        inside = {id(m) for part in hosts.attentions(model) for m in part.modules()}
-        weights = [m.weight.numel() for m in model.modules() if isinstance(m, MATRICES) and id(m) not in inside]
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        head_size = 0 if head is None else head.weight.numel()
-        stated = [part.flops(new, every, batch_size=self.batch_size) for part in hosts.attentions(model)]
-        if any(one is None for one in stated):
-            return None
-        matrices = (sum(weights) - head_size) * new + head_size * heads
-        return 2 * self.batch_size * matrices + sum(one for one in stated if one is not None)
 
     def _work(
         self,
@@ -301,8 +308,21 @@ class TaskSubject(_Hosted):
             batch = batches[next(turn) % len(batches)]
             return functools.partial(self._step, model, batch, dtype, optimizer, schedule.clip)
 
+        seen: list[tuple[int, int]] = []
+
+        def note(part: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen.append((inputs[0].shape[0], inputs[0].shape[-2]))
+
+        handle = hosts.attentions(model)[0].register_forward_pre_hook(note)
+        with torch.no_grad(), autocast(self.device, dtype):
+            self.task.step(model, batches[0])
+        handle.remove()
+        (rows, longest), *_ = seen
+        forward = _flops(model, rows, longest, longest, heads=longest)
         tokens = attended_tokens(batches[0])
-        return Workload(prepare=prepare_step, tokens=tokens, flops=None, state_bytes=None)
+        return Workload(
+            prepare=prepare_step, tokens=tokens, flops=None if forward is None else 3 * forward, state_bytes=None
+        )
 
     def _step(
         self, model: nn.Module, batch: Batch, dtype: torch.dtype, optimizer: torch.optim.Optimizer, clip: float
