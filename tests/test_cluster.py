@@ -48,20 +48,28 @@ def wait_for_checkpoint(running: "subprocess.Popen[str]", folder: Path) -> None:
 
 
 @pytest.mark.slow  # test_ranks.py has the same of two processes
-def test_a_signal_stops_every_process_and_they_go_on(tmp_path):
+@pytest.mark.parametrize(
+    "number,code,said",
+    [
+        (signal.SIGUSR1, 75, "hhbench: stopped by a signal, all processes with it"),
+        (signal.SIGINT, 130, "run the same command with --resume to go on."),
+    ],
+    ids=["a cluster", "Ctrl-C"],
+)
+def test_a_signal_stops_every_process_and_they_go_on(number, code, said, tmp_path):
     arguments = ("--attn", "elu", "--epochs", 10, "--dropout", 0.1, "--checkpoint-minutes", 0.005)
-    code, _, err = finish(*arguments, "--out", tmp_path / "whole")
-    assert code == 0, err
+    ended, _, err = finish(*arguments, "--out", tmp_path / "whole")
+    assert ended == 0, err
     with start(*arguments, "--out", tmp_path / "cut") as running:
         wait_for_checkpoint(running, tmp_path)
-        os.kill(running.pid, signal.SIGUSR1)
+        os.kill(running.pid, number)
         _, err = running.communicate(timeout=120)
-    assert running.returncode == 75, err
+    assert running.returncode == code, err
     assert "Traceback" not in err
-    assert err.splitlines()[-1] == "hhbench: stopped by a signal, all processes with it"
+    assert err.splitlines()[-1].endswith(said)
     assert not list(tmp_path.rglob("cut/**/result.json"))
-    code, _, err = finish(*arguments, "--out", tmp_path / "cut", "--resume")
-    assert code == 0, err
+    ended, _, err = finish(*arguments, "--out", tmp_path / "cut", "--resume")
+    assert ended == 0, err
     assert "continuing train from" in err
     scores = [json.loads(path.read_text())["metrics"] for path in sorted(tmp_path.rglob("result.json"))]
     assert len(scores) == 2

@@ -12,6 +12,7 @@ from hhbench.attention import FeatureMap, MixerShape, build_attention
 from hhbench.errors import UsageError
 from hhbench.linear_attention import LinearAttention
 from hhbench.linear_sum import CHUNK, FLOOR, LinearState, chunked
+from hhbench.profile.correctness import distance
 
 # --- maps that exercise what the sum does with them ---
 
@@ -453,6 +454,22 @@ def test_an_unknown_form_is_answered_with_the_nearest(make_shape):
 
 
 # --- scales that float32 can't hold ---
+
+
+@pytest.mark.parametrize("length", [100, 2048])
+def test_single_precision_is_near_the_definition(length, make_shape):
+    torch.manual_seed(length)
+    attention = build_attention("hedgehog", make_shape(num_heads=2, head_dim=64, max_len=length))
+    inputs = [torch.randn(1, 2, length, 64, requires_grad=True) for _ in range(3)]
+    exact = build_attention("hedgehog", attention.shape).double()
+    exact.load_state_dict(attention.state_dict())
+    doubles = [x.detach().double().requires_grad_() for x in inputs]
+    out, truth = attention(*inputs), exact.quadratic(*doubles)
+    direction = torch.randn_like(truth)
+    grads = torch.autograd.grad(out, (*inputs, *attention.parameters()), direction.float())
+    true = torch.autograd.grad(truth, (*doubles, *exact.parameters()), direction)
+    assert distance(out, truth) <= 3e-7
+    assert max(distance(found, right) for found, right in zip(grads, true, strict=True)) <= 1.5e-6
 
 
 @pytest.mark.parametrize("form", ["quadratic", "chunked", "recurrent"])

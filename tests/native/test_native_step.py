@@ -59,7 +59,7 @@ def test_large_logits_neither_overflow_nor_vanish(compiler, make_shape, factor):
     attention, inputs = hedgehog(make_shape, B=2, N=40, H=2, D=64, E=64, factor=factor)
     out, _, steps = decoded(attention, inputs)
     # Rounding of the logits themselves is the error from here on, in any form.
-    assert steps == 39 and distance(out, exact(attention, inputs)) <= 6e-7 * max(1.0, factor**2)
+    assert steps == 39 and distance(out, exact(attention, inputs)) <= 6e-7 * max(1.0, factor)
 
 
 @pytest.mark.parametrize("form", ["auto", "quadratic", "chunked", "recurrent"])
