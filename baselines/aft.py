@@ -126,7 +126,7 @@ class AFT(Attention):
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, AFTState]:
         """The output [B, H, N, D], and the state after the last token if asked for; see `Attention.forward`."""
-        self._check(q, k, v, key_mask)
+        self._check(q, k, v, key_mask, positions)
         stateful = state is not None or return_state
         if stateful and not (self.shape.causal and self.has_state):
             raise UsageError(f"{self.shape.direction} aft of variant {self.variant} has no state of constant size")
@@ -150,7 +150,7 @@ class AFT(Attention):
         self, q: Tensor, k: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor:
         """The weights [B, H, N, M, D] of each channel. They sum to 1 over keys, or to 0 with no key to attend to."""
-        self._check(q, k, k, key_mask)
+        self._check(q, k, k, key_mask, positions)
         with torch.autocast(q.device.type, enabled=False):
             _, keys, _ = self._prepared(q, k, k, key_mask)
             N, M = q.shape[2], k.shape[2]
@@ -176,7 +176,7 @@ class AFT(Attention):
         key_mask: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        self._check(q, k, v, key_mask)
+        self._check(q, k, v, key_mask, positions)
         weights = self.channel_weights(q, k, key_mask=key_mask, positions=positions)
         gate, _, values = self._prepared(q, k, v, key_mask)
         means = torch.einsum("bhnmd,bhmd->bhnd", weights, repeat_heads(values, self.shape.num_heads))
@@ -203,8 +203,8 @@ class AFT(Attention):
 
     # --- inputs and biases ---
 
-    def _check(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:
-        check_inputs(self.shape, q, k, v, key_mask)
+    def _check(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, positions: Tensor | None) -> None:
+        check_inputs(self.shape, q, k, v, key_mask, positions)
         if v.shape[3] != q.shape[3]:
             raise UsageError(f"aft gates values by queries: v must be {q.shape[3]} wide like q, not {v.shape[3]}")
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import sys
@@ -39,11 +40,11 @@ def on_all_devices(config: RunConfig, *flags: str) -> list[Path]:
         if "OMP_NUM_THREADS" not in os.environ:
             variables["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // config.devices))
         if "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" not in os.environ:  # of processes that were told to stop; torch says 30
-            variables["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(round(stopping.PATIENCE))
+            variables["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(math.ceil(stopping.patience()))
         command = ["-m", "hhbench", "run", "--config", str(settings), "--allow-code", *flags]
-        if stopping.noted():
-            raise stopping.Stopped("stopped by a signal before its processes started", again=False)
         with _environment(variables), _passing_signals_on() as received:
+            if stopping.noted():
+                raise stopping.Stopped("stopped by a signal before its processes started", again=False)
             try:
                 launch = LaunchConfig(
                     min_nodes=1,

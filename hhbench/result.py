@@ -29,7 +29,7 @@ SCHEMA: Final = 1
 ABSENT: Final = "(absent)"
 FILE_NAME: Final = "result.json"
 # A variable that names a file. Whoever starts a run finds the path of its result there at the end, or a line in
-# FILE.failed or FILE.stopped beside it.
+# FILE.failed or FILE.stopped beside it, and removes what is there of an earlier start.
 TOLD: Final = "HHBENCH_RESULT_PATH"
 
 _PACKAGES = ("hhbench", "torch", "lightning", "transformers", "timm", "torchmetrics", "datasets", "numpy")

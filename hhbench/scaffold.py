@@ -235,7 +235,7 @@ class $cls(Attention):
         key_mask: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        check_inputs(self.shape, q, k, v, key_mask)
+        check_inputs(self.shape, q, k, v, key_mask, positions)
         weights = self.weights(q, k, key_mask=key_mask, positions=positions)
         v = repeat_heads(zero_padding(v, key_mask), self.shape.num_heads)
         with torch.autocast(q.device.type, enabled=False):
@@ -244,7 +244,7 @@ class $cls(Attention):
     def weights(
         self, q: Tensor, k: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor:
-        check_inputs(self.shape, q, k, None, key_mask)
+        check_inputs(self.shape, q, k, None, key_mask, positions)
         dtype = sum_dtype(q)  # of all sums, under autocast too
         q, k = (zero_padding(x.to(dtype), key_mask) for x in (q, k))  # nothing that lies there may spread
         with torch.autocast(q.device.type, enabled=False):

@@ -18,6 +18,7 @@ from typing import Any, Final, get_type_hints
 
 from hhbench.errors import HHBenchError, UsageError, unknown_name
 from hhbench.result import TOLD, checked
+from hhbench.stopping import NOTICE
 
 RUNNING: Final = {"RUNNING", "COMPLETING", "CONFIGURING", "SIGNALING", "STAGE_OUT", "RESIZING"}
 PENDING: Final = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED", "STOPPED", "SPECIAL_EXIT"}
@@ -251,6 +252,7 @@ def script(array: Array, profile: ClusterProfile) -> str:
         *profile.setup,
         'printf -v n %04d "$SLURM_ARRAY_TASK_ID"',
         f'export {TOLD}={shlex.quote(array.told)}"$n"',
+        f"export {NOTICE}={profile.signal_seconds}",
         f'rm -f "${TOLD}".failed "${TOLD}".stopped',  # of the start before
         # The script's exit code is that of the trial.
         f"exec {shlex.join(run)} \\",

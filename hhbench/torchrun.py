@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hhbench.errors import UsageError
 from hhbench.result import TOLD
+from hhbench.stopping import USUAL_NOTICE
 
 FIRST_PORT = 29_400
 
@@ -38,6 +39,8 @@ def script(works: Sequence[Work], *, hosts: Sequence[str], devices: int, workdir
         "trap 'exit 130' INT",
         "trap 'exit 143' TERM",
         "set -o pipefail",
+        # What is told to stop ends its step and keeps a checkpoint: torch 2.12 and later give it this long, not 30 s.
+        f'export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${{TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-{USUAL_NOTICE // 2}}}"',
         "failed=0",
     ]
     for i, work in enumerate(works):

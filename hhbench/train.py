@@ -27,6 +27,7 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -159,12 +160,17 @@ def loader(split: Split, data: TaskData, config: RunConfig, *, train: bool, seed
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=config.workers,
-        worker_init_fn=stopping.outlive_signals,
+        worker_init_fn=_start_loading,
         persistent_workers=config.workers > 0,
         # What a task collates with need not be picklable. Elsewhere than on Linux forking is not safe.
         multiprocessing_context="fork" if config.workers and sys.platform == "linux" else None,
         pin_memory=_on_cuda(config),
     )
+
+
+def _start_loading(worker: int) -> None:
+    stopping.outlive_signals()
+    pl_worker_init_function(worker)  # what Lightning gives a loader that has no function of its own
 
 
 class _Indexed(torch.utils.data.Dataset[tuple[int, Example]]):
@@ -703,6 +709,7 @@ def fit(
 
     Raises:
         Stopped: a signal came; a checkpoint is kept.
+        KeyboardInterrupt: Ctrl-C; a checkpoint is kept.
     """
     if config.resume and (kept := checkpoints.load_finished(folder)):
         log.info("%s was finished", title)

@@ -181,6 +181,8 @@ def main() -> int:
     made.add_argument("--steps", type=int, default=12, metavar="N", help="taught on the whole loss; 0 = no KL (12)")
     add_outputs(made)
     args = made.parse_args()
+    if args.publish and (args.model == "gpt2" or (args.attn, args.layers, args.steps) != ("hedgehog", 1, 12)):
+        raise UsageError("--publish needs Hedgehog in the first layer of smollm2 or minilm, and its KL")
     torch.set_num_threads(1)
     teacher = build(args.model, args.layers, max(args.lengths))
     stream = tokens(args.model, teacher)

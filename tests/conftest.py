@@ -1,5 +1,6 @@
 """What every test gets: a fixed seed, one thread, and the small shape that most of them start from."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("network"):
                 item.add_marker(pytest.mark.skip(reason="needs the package registry; an offline switch is set"))
+
+
+# Python leaves Ctrl-C ignored in what a script's shell started in the background; tests send it to themselves.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

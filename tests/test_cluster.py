@@ -40,6 +40,14 @@ def finish(*arguments: object) -> tuple[int, str, str]:
     return running.returncode, out, err
 
 
+def at_work(process: Path) -> bool:
+    """Whether a process of /proc is there, and no zombie that nobody has asked about."""
+    try:
+        return process.joinpath("stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def wait_for_checkpoint(running: "subprocess.Popen[str]", folder: Path) -> None:
     deadline = time.monotonic() + 200
     while not list(folder.rglob("step-*.ckpt")) and time.monotonic() < deadline:
@@ -87,7 +95,7 @@ def test_processes_whose_agent_is_killed_end_and_let_go_of_the_run(tmp_path):
         assert len(children) >= 2
         running.kill()
         deadline = time.monotonic() + 60
-        while any(child.exists() for child in children):
+        while any(at_work(child) for child in children):
             assert time.monotonic() < deadline, "they hold the run's lock, and their devices"
             time.sleep(0.1)
     code, _, err = finish(*arguments, "--resume")

@@ -308,8 +308,9 @@ def test_keys_and_values_are_kept_in_their_own_type_and_sums_in_float32(attn, sh
     assert half == share * full if share else full / 2 <= half < 0.6 * full  # beside keys and values: where they stand
 
 
-def test_what_would_not_fit_into_the_memory_is_not_tried():
-    found = measured("elu", modes=("prefill",), lengths=(16,), batch_size=2**28)
+def test_what_would_not_fit_into_the_memory_is_not_tried(monkeypatch):
+    monkeypatch.setattr(measure, "free_memory", lambda device: 16 * 2**20)  # not every system tells
+    found = measured("elu", modes=("prefill",), lengths=(16,), batch_size=2**16)
     assert {(cell.status, cell.note.partition(":")[0]) for cell in found.cells} == {(record.NOT_RUN, "memory")}
 
 

@@ -352,9 +352,9 @@ def test_with_dropout_two_processes_score_as_one_does(worlds):
     """Each rank drops out what it draws itself: the scores differ as those of seeds do."""
     one, two, other = (world["scores"] for world in worlds)
     assert two == other != one
-    spread = max(one) - min(one)
-    assert min(one) > 0.6  # of two answers: it learned something
-    assert abs(sum(two) - sum(one)) / len(one) <= spread
+    means = [sum(scores) / len(scores) for scores in (one, two)]
+    assert means[0] > 0.65  # of two answers: it learned something
+    assert abs(means[1] - means[0]) <= max(max(one) - min(one), 0.05)
 
 
 def test_no_two_draws_of_a_transfer_are_the_same(worlds):

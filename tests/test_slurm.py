@@ -219,6 +219,18 @@ def test_no_text_of_a_user_is_read_as_shell(tmp_path):
     assert done.stderr == ""
 
 
+def test_a_start_removes_what_an_earlier_one_said(tmp_path):
+    for name in ("0007.failed", "0007.stopped", "0008.failed"):
+        (tmp_path / name).write_text("of the start before")
+    text = slurm.script(array(workdir=tmp_path, told=f"{tmp_path}/"), slurm.ClusterProfile(time="1"))
+    body = 'srun() { echo "$HHBENCH_RESULT_PATH" "$HHBENCH_SIGNAL_SECONDS"; }\n' + text.replace("exec srun", "srun")
+    done = subprocess.run(
+        ["bash", "-c", body], env={"SLURM_ARRAY_TASK_ID": "7"}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"{tmp_path}/0007 30\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["0008.failed"]
+
+
 def test_a_folder_that_slurm_cannot_name():
     for name in ("a\nb", "a\\b"):
         with pytest.raises(UsageError, match="line break or backslash"):

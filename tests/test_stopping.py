@@ -30,14 +30,14 @@ def asked(tmp_path, monkeypatch) -> Path:
 
 def wait_for(path: Path, seconds: float) -> bool:
     deadline = time.monotonic() + seconds
-    while not path.exists() and time.monotonic() < deadline:
+    while not (path.exists() and path.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.02)
     return path.exists()
 
 
 def test_where_no_step_ends_in_time_slurm_is_asked_all_the_same(asked, monkeypatch):
     """A long validation, a test, a fetch."""
-    monkeypatch.setattr(stopping, "PATIENCE", 0.2)
+    monkeypatch.setenv(stopping.NOTICE, "0.4")
     with stopping.heeding():
         os.kill(os.getpid(), signal.SIGUSR1)
         assert wait_for(asked, 20)
@@ -46,7 +46,7 @@ def test_where_no_step_ends_in_time_slurm_is_asked_all_the_same(asked, monkeypat
 
 @pytest.mark.parametrize("ends", ["a step ends", "the run ends", "another rank"])
 def test_slurm_is_asked_once_at_most(ends, asked, monkeypatch):
-    monkeypatch.setattr(stopping, "PATIENCE", 0.5)
+    monkeypatch.setenv(stopping.NOTICE, "1")
     if ends == "another rank":
         monkeypatch.setenv("SLURM_PROCID", "1")
     with stopping.heeding():

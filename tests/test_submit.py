@@ -161,6 +161,17 @@ def test_no_text_of_a_user_is_read_as_shell(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("number,left", [("0", []), ("1", ["told.failed"])])
+def test_the_first_machine_removes_what_an_earlier_start_said(number, left, tmp_path):
+    (tmp_path / "told.failed").write_text("of the start before")
+    work = torchrun.Work(config=tmp_path / "config", told=tmp_path / "told", log=Path("/dev/null"))
+    text = torchrun.script([work], hosts=["a", "b"], devices=1, workdir=tmp_path)
+    python = re.search(r"(\S+) -u -m torch\.distributed\.run", text)[1]
+    body = "show() { true; }\n" + text.replace(python, "show")
+    subprocess.run(["bash", "-c", body, "x", number], check=True)
+    assert [path.name for path in tmp_path.iterdir()] == left
+
+
 @pytest.mark.slow
 def test_torchrun_goes_on_when_a_trial_fails_and_says_so(call, tmp_path):
     """Really run: one trial of two can't be."""

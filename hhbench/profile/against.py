@@ -3,9 +3,8 @@
 Times are compared as parts of yardsticks measured in the same profile, so that a slower machine is no regression: the
 product of matrices that shows the ceiling, and softmax at the same work and length. A cell is a regression if it got
 slower by both of them: 99 of 100 resamplings of the rounds of both profiles lie above TOLERANCE. One of few rounds is
-not judged by its time. Softmax itself, and
-what has no softmax beside it, is measured by the product alone. A cell that needs more memory by more than TOLERANCE,
-or that no longer runs or no longer computes what it did, is a regression too.
+not judged by its time. Softmax itself, and what has no softmax beside it, is measured by the product alone. A cell that
+needs more memory by more than TOLERANCE, or that no longer runs or no longer computes what it did, is a regression too.
 """
 
 from dataclasses import dataclass

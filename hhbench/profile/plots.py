@@ -118,8 +118,9 @@ def _crossovers(axes: Any, profile: Profile, work: str, dtype: str) -> None:
     axes.set_xscale("log", base=2)
     for row, one in enumerate(found):
         colour = look[one.attention]["color"]
-        if one.length is not None:
+        if one.low is not None or one.high is not None:
             axes.plot([one.low or one.first, one.high or one.last], [row, row], color=colour, linewidth=5, alpha=0.4)
+        if one.length is not None:
             axes.plot([one.length], [row], color=colour, marker="o", markersize=5)
         axes.text(1.02, row, one.said, transform=axes.get_yaxis_transform(), va="center", fontsize=9)
     axes.set_yticks(range(len(found)), [one.attention for one in found])

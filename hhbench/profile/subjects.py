@@ -51,8 +51,10 @@ def state_bytes(module: Attention | SequenceMixer, length: int, dtype: torch.dty
         return stated * dtype.itemsize // torch.float32.itemsize
     device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.get_default_device())
     inputs = random_inputs(module.shape, isinstance(module, SequenceMixer), 1, dtype, device, batch_size)
+    training = module.training
     with torch.no_grad(), autocast(device, dtype):
-        _, state = module(*inputs, return_state=True)
+        _, state = module.eval()(*inputs, return_state=True)
+    module.train(training)
     kept: int = state.nbytes  # as after any number of tokens
     return kept
 
@@ -157,8 +159,8 @@ class LayerSubject(Subject):
         return make[work](label, module, dtype, length)
 
     def least_bytes(self, dtype: torch.dtype, length: int) -> int:
-        """q, k, v and the output."""
-        return 4 * self.batch_size * length * self.request.heads * self.request.head_dim * dtype.itemsize
+        """An input and the output."""
+        return 2 * self.batch_size * length * self.request.heads * self.request.head_dim * dtype.itemsize
 
     def _shape(self, length: int) -> MixerShape:
         r = self.request

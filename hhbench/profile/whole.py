@@ -314,9 +314,11 @@ class TaskSubject(_Hosted):
             seen.append((inputs[0].shape[0], inputs[0].shape[-2]))
 
         handle = hosts.attentions(model)[0].register_forward_pre_hook(note)
-        with torch.no_grad(), autocast(self.device, dtype):
-            self.task.step(model, batches[0])
-        handle.remove()
+        try:
+            with torch.no_grad(), autocast(self.device, dtype):
+                self.task.step(model, batches[0])
+        finally:
+            handle.remove()
         (rows, longest), *_ = seen
         forward = _flops(model, rows, longest, longest, heads=longest)
         tokens = attended_tokens(batches[0])
