@@ -9,5 +9,5 @@ ruff format --check .
 mypy
 # One thread for each worker: more only wait for each other.
 export OMP_NUM_THREADS=1
-if [ "$#" -eq 0 ]; then set -- -m "not slow" -n auto --dist loadgroup; fi
+if [ "$#" -eq 0 ]; then set -- -m "not slow" -n auto; fi
 python -m pytest "$@"

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from stand import RecordedTransfer, Stand, child_environment, make_config, make_schedule
 from torch import Tensor
 
@@ -20,8 +21,6 @@ from hhbench.errors import HHBenchError, UsageError
 from hhbench.ranks import Launch, first_host, launched
 from hhbench.stopping import Stopped
 from hhbench.train import evaluate
-
-pytestmark = pytest.mark.xdist_group("ranks")  # what two processes did is found out once
 
 # --- who started this process ---
 
@@ -250,8 +249,19 @@ def compare(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory) -> list[dict[str, Any]]:
-    """What one process found, and what each of two did."""
-    folder = tmp_path_factory.mktemp("ranks")
+    """What one process found, and what each of two did: once for all of xdist's workers."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "ranks"
+    files = [folder / name for name in ("one.pt", "rank-0.pt", "rank-1.pt")]
+    with FileLock(folder.with_suffix(".lock")):
+        if not files[0].exists():
+            folder.mkdir(exist_ok=True)
+            torch.save(compare_worlds(folder), files[0])
+    return [torch.load(file, weights_only=True) for file in files]
+
+
+def compare_worlds(folder: Path) -> dict[str, Any]:
+    """Have two processes leave what they did in a folder, and do the same in one."""
     script = folder / "script.py"
     script.write_text("import sys\nfrom test_ranks import record_as_rank\nrecord_as_rank(sys.argv[1])\n")
     record_handed_over(folder / "handed up", 1, stop=True, resume=False)
@@ -265,12 +275,10 @@ def worlds(tmp_path_factory) -> list[dict[str, Any]]:
         timeout=300,
     )
     assert run.returncode == 0, run.stderr[-5000:]
-    ranks = [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
     one = record(folder / "one", 1)
     one["whole"] = record_handed_over(folder / "alone", 1, stop=False, resume=False)
     one["handed over"] = record_handed_over(folder / "handed", 1, stop=False, resume=True)
-    one |= record_scores(folder / "scores one", 1)
-    return [one, *ranks]
+    return one | record_scores(folder / "scores one", 1)
 
 
 @pytest.mark.parametrize("case", CASES)
