@@ -308,6 +308,13 @@ class TaskSubject(_Hosted):
             batch = batches[next(turn) % len(batches)]
             return functools.partial(self._step, model, batch, dtype, optimizer, schedule.clip)
 
+        rows, longest = self._padded(model, batches[0], dtype)
+        forward = _flops(model, rows, longest, longest, heads=longest)
+        flops = None if forward is None else 3 * forward
+        return Workload(prepare=prepare_step, tokens=attended_tokens(batches[0]), flops=flops, state_bytes=None)
+
+    def _padded(self, model: nn.Module, batch: Batch, dtype: torch.dtype) -> tuple[int, int]:
+        """The sequences of a batch, and the tokens of each with its padding, as the first attention sees them."""
         seen: list[tuple[int, int]] = []
 
         def note(part: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -316,15 +323,10 @@ class TaskSubject(_Hosted):
         handle = hosts.attentions(model)[0].register_forward_pre_hook(note)
         try:
             with torch.no_grad(), autocast(self.device, dtype):
-                self.task.step(model, batches[0])
+                self.task.step(model, batch)
         finally:
             handle.remove()
-        (rows, longest), *_ = seen
-        forward = _flops(model, rows, longest, longest, heads=longest)
-        tokens = attended_tokens(batches[0])
-        return Workload(
-            prepare=prepare_step, tokens=tokens, flops=None if forward is None else 3 * forward, state_bytes=None
-        )
+        return seen[0]
 
     def _step(
         self, model: nn.Module, batch: Batch, dtype: torch.dtype, optimizer: torch.optim.Optimizer, clip: float
