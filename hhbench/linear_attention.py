@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from hhbench import blockwise
-from hhbench.blockwise import Job
+from hhbench.blockwise import CACHED, LARGE, Job, Size
+from hhbench.chunkwise import AtOnce, Chunks, OneByOne
 from hhbench.contracts import (
     Attention,
     FeatureMap,
@@ -272,11 +273,12 @@ class LinearAttention(Attention):
         if self.training:
             self.query_map.begin_pass()
         by_token = form == "recurrent" or (form == "auto" and causal and N == 1)
-        if form == "auto" and causal and 1 < N <= blockwise.CHUNK and sums is None:
+        chunks, size = self._cut(q)
+        if form == "auto" and causal and 1 < N <= chunks.size and sums is None:
             form = "quadratic"  # a chunk alone is all pairs, and autograd needn't map it again
-        by_blocks = not by_token and form != "quadratic" and q.device.type == "cpu"
+        by_blocks = not by_token and form != "quadratic" and q.device.type != "meta"
         if by_blocks and not torch.compiler.is_compiling():  # which can't follow buffers that outlive a call
-            drawn = torch.get_rng_state() if self.training else None
+            drawn = _random_state(q.device) if self.training else None
             job = Job(
                 maps=self,
                 num_heads=self.shape.num_heads,
@@ -286,10 +288,12 @@ class LinearAttention(Attention):
                 dtype=sum_dtype(q),
                 signed=self.query_map.signed,
                 holders=[m for own in (self.query_map, self.key_map) for m in own.modules() if m._buffers],
+                size=size,
+                chunks=chunks,
             )
             learned = [p for p in self.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
             found = self._blockwise(job, q, k, v, sums, learned, need_sums=need_sums)
-            if drawn is None or torch.equal(drawn, torch.get_rng_state()):
+            if drawn is None or torch.equal(drawn, _random_state(q.device)):
                 return found
             # A map that draws random numbers would draw others when it is run again for its gradient.
         queries, keys = self._mapped(q, k, v, key_mask, positions)
@@ -310,6 +314,17 @@ class LinearAttention(Attention):
             sums = (sums or empty_sums(keys)).add(keys) if need_sums else None
         return out.reshape(*q.shape[:3], v.shape[3]).to(q.dtype), self._ungrouped(sums)
 
+    def _cut(self, q: Tensor) -> tuple[Chunks, Size]:
+        """How the device wants the sum cut. Tensor cores get 16-bit operands where inputs are of 16 bits themselves.
+
+        bfloat16 of both types: sums of exponentials leave the range of float16. Signed features cancel, which takes
+        more than 8 bits.
+        """
+        if not at_once(q.device):
+            return OneByOne(), CACHED
+        rounded = q.dtype in (torch.bfloat16, torch.float16) and not self.query_map.signed
+        return AtOnce(torch.bfloat16 if rounded else None), LARGE
+
     def _blockwise(
         self,
         job: Job,
@@ -322,10 +337,11 @@ class LinearAttention(Attention):
         need_sums: bool,
     ) -> tuple[Tensor, Sums | None]:
         """See `blockwise`. There every head has sums of its own; here heads of a group may share them."""
+        name = job.chunks.name
         if not self.shape.causal:
-            ran("blocks, bidirectional")
+            ran(f"{name}, bidirectional")
             return blockwise.bidirectional(job, q, k, v, learned), None
-        ran("blocks")
+        ran(name)
         group = self.shape.num_heads // self.shape.num_kv_heads if self.share_kv_heads else 1
         if sums is not None and group > 1:
             sums = Sums(*(x.repeat_interleave(group, 1) for x in (sums.values, sums.keys, sums.log_max)))
@@ -390,6 +406,15 @@ class LinearAttention(Attention):
         if sums is None or not self.share_kv_heads:
             return sums
         return Sums(sums.values.squeeze(2), sums.keys.squeeze(2), sums.log_max.squeeze(2))
+
+
+def at_once(device: torch.device) -> bool:
+    """Whether a device wants all chunks of a block at once."""
+    return device.type != "cpu"
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def shape_for_keys(shape: MixerShape) -> MixerShape:

@@ -1,4 +1,7 @@
-"""One sum in three forms, equal to each other and to the definition; gradients and O(N) memory too."""
+"""One sum in three forms, equal to each other and to the definition; gradients and O(N) memory too.
+
+All of it once as a CPU sums, and once as an accelerator does, on this CPU in blocks of 256 tokens.
+"""
 
 import math
 
@@ -8,11 +11,25 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from hhbench import linear_attention
 from hhbench.attention import FeatureMap, MixerShape, build_attention
+from hhbench.blockwise import Size
 from hhbench.errors import UsageError
+from hhbench.kernels import kernels
 from hhbench.linear_attention import LinearAttention
 from hhbench.linear_sum import CHUNK, FLOOR, LinearState, chunked
 from hhbench.profile.correctness import distance
+
+
+@pytest.fixture(autouse=True, scope="module", params=["CPU", "accelerator"])
+def at_once(request: pytest.FixtureRequest):
+    """Whether all chunks of a block are summed at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "accelerator":
+            patch.setattr(linear_attention, "at_once", lambda _: True)
+            patch.setattr(linear_attention, "LARGE", Size(256, 4 * 256 * 5))
+        yield request.param == "accelerator"
+
 
 # --- maps that exercise what the sum does with them ---
 
@@ -623,3 +640,38 @@ def test_torch_compile_takes_a_form_that_it_can_follow(make_shape, name):
     torch.testing.assert_close(compiled(q, k, v), attention(q, k, v))
     found, expected = (torch.autograd.grad(f(q, k, v).square().sum(), (q, k, v)) for f in (compiled, attention))
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("name", "rounded"), [("hedgehog", True), ("exp", True), ("elu", True), ("taylor", False)])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+def test_tensor_cores_get_the_16_bit_inputs_of_maps_that_do_not_cancel(
+    name, rounded, causal, dtype, at_once, make_shape
+):
+    torch.manual_seed(0)
+    attention = build_attention(name, make_shape(dim=32, num_heads=2, head_dim=16, causal=causal, max_len=700))
+    inputs = [torch.randn(2, 2, 700, 16).to(dtype).requires_grad_() for _ in range(3)]
+    cotangent = torch.randn(2, 2, 700, 16).to(dtype)
+    with kernels() as ran:
+        out = attention(*inputs)
+    found = [out, *torch.autograd.grad(out, inputs, cotangent)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    truth = attention.double()(*exact, form="quadratic")
+    expected = [truth, *torch.autograd.grad(truth, exact, cotangent.double())]
+    sixteen = dtype != torch.float32
+    kernel = ("chunks at once, bfloat16" if rounded and sixteen else "chunks at once") if at_once else "blocks"
+    assert list(ran) == [kernel if causal else f"{kernel}, bidirectional"]
+    for x, y in zip(found, expected, strict=True):
+        assert distance(x, y) < (0.015 if sixteen else 1e-5)
+
+
+def test_what_sums_of_16_bits_lose_is_given_back(at_once, make_shape):
+    """Late in a sequence they give nearly all of an output, which is to be as exact as its own 16 bits allow."""
+    torch.manual_seed(0)
+    attention = build_attention("hedgehog", make_shape(dim=64, num_heads=1, head_dim=64, causal=True, max_len=4096))
+    inputs = [torch.randn(1, 1, 4096, 64).bfloat16() for _ in range(3)]
+    with torch.inference_mode():
+        out = attention(*inputs)[..., -512:, :]
+        truth = attention.double()(*(x.double() for x in inputs), form="quadratic")[..., -512:, :]
+    nearest = distance(truth.bfloat16(), truth)
+    assert distance(out, truth) < (1.35 * nearest if at_once else 1.01 * nearest)
