@@ -327,7 +327,7 @@ class _Bidirectional(torch.autograd.Function):
             assert sums is not None and log_max is not None
             kept.append((sums, log_max))
             for block in job.blocks(rows, N):
-                u = job.chunks.product(_queries(job, q[rows, :, block.tokens], block), sums, "u")
+                u = job.chunks.by_sums(_queries(job, q[rows, :, block.tokens], block), sums)
                 if normalisers is not None:
                     normalisers[rows, :, block.tokens] = u[..., E].view(-1, H, u.shape[1])
                 job.divide(u, out[rows, :, block.tokens])

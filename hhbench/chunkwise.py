@@ -53,6 +53,9 @@ class Chunks(Protocol):
     def add_product(self, total: Tensor, a: Tensor, b: Tensor) -> None:
         """Adds a @ b, in place."""
 
+    def by_sums(self, queries: Tensor, sums: Tensor) -> Tensor:
+        """queries @ sums, of an output."""
+
     def forward(
         self, block: Mapped, sums: Tensor, log_max: Tensor, *, first: bool, last: bool
     ) -> tuple[Tensor, Tensor]:
@@ -124,6 +127,9 @@ class OneByOne:
 
     def add_product(self, total: Tensor, a: Tensor, b: Tensor) -> None:
         total.baddbmm_(a, b)
+
+    def by_sums(self, queries: Tensor, sums: Tensor) -> Tensor:
+        return self.product(queries, sums, "u")
 
     def forward(
         self, block: Mapped, sums: Tensor, log_max: Tensor, *, first: bool, last: bool
@@ -275,6 +281,11 @@ class AtOnce:
     def add_product(self, total: Tensor, a: Tensor, b: Tensor) -> None:
         total += self.product(a, b)
 
+    def by_sums(self, queries: Tensor, sums: Tensor) -> Tensor:
+        """What rounding takes from the sums is multiplied too: late in a sequence it is half of the error."""
+        out = self.product(queries, sums)
+        return out if self.operands is None else out.add_(self.product(queries, sums - sums.to(self.operands)))
+
     def forward(
         self, block: Mapped, sums: Tensor, log_max: Tensor, *, first: bool, last: bool
     ) -> tuple[Tensor, Tensor]:
@@ -284,7 +295,7 @@ class AtOnce:
         u = self.product(self._pairs(queries, keys, levels), values)
         if not (first and last and queries.shape[1] == 1):  # one chunk alone has no use for sums
             before = self._before(keys, values, levels, self._aligned(sums))
-            u += self._by_sums(_times(queries, levels.of_sums if levels else None), before[:, :-1])
+            u += self.by_sums(_times(queries, levels.of_sums if levels else None), before[:, :-1])
             sums.copy_(before[:, -1, :, :width])
         return self._joined(u, block.queries)[..., :width], levels.after if levels else log_max
 
@@ -307,14 +318,6 @@ class AtOnce:
             rest.copy_(after[:, 0, :, :width])
         to_q, to_k, to_v = (self._joined(x, block.queries) for x in (to_q, to_k, to_v))
         return to_q, to_k, to_v[..., : width - 1]
-
-    def _by_sums(self, queries: Tensor, sums: Tensor) -> Tensor:
-        """queries @ sums. What rounding takes from the sums is multiplied too.
-
-        It is half of the error late in a sequence, where the sums give nearly all.
-        """
-        out = self.product(queries, sums)
-        return out if self.operands is None else out.add_(self.product(queries, sums - sums.to(self.operands)))
 
     def _before(self, keys: Tensor, values: Tensor, levels: _Levels | None, sums: Tensor) -> Tensor:
         """S before each chunk and after the last, [L, C + 1, F, E + 1]."""

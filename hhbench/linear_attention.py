@@ -50,8 +50,9 @@ class LinearAttention(Attention):
     """Attention through a pair of feature maps. The maps are the attention's own; the sum is hhbench's.
 
     Features, sums and normaliser are float32 for inputs of 32 bits or fewer and float64 for float64, under autocast
-    too: a running sum in bfloat16 stops growing at 256 equal terms. Where `hhbench.native` was asked for and multiplies
-    bfloat16 in AMX, features are rounded to it.
+    too: a running sum in bfloat16 stops growing at 256 equal terms. What is multiplied is rounded to bfloat16, and
+    added up in float32, where inputs are bfloat16 and the device multiplies it faster: an accelerator, and a CPU's AMX
+    where `hhbench.native` was asked for.
 
     Args:
         shape: where it sits.
@@ -315,14 +316,14 @@ class LinearAttention(Attention):
         return out.reshape(*q.shape[:3], v.shape[3]).to(q.dtype), self._ungrouped(sums)
 
     def _cut(self, q: Tensor) -> tuple[Chunks, Size]:
-        """How the device wants the sum cut. Tensor cores get 16-bit operands where inputs are of 16 bits themselves.
+        """How the device wants the sum cut. Tensor cores get bfloat16 where that is what the inputs are.
 
-        bfloat16 of both types: sums of exponentials leave the range of float16. Signed features cancel, which takes
-        more than 8 bits.
+        Not float16, whose range the sums leave and whose precision bfloat16 would lose; nor signed features, which
+        cancel.
         """
         if not at_once(q.device):
             return OneByOne(), CACHED
-        rounded = q.dtype in (torch.bfloat16, torch.float16) and not self.query_map.signed
+        rounded = q.dtype == torch.bfloat16 and not self.query_map.signed
         return AtOnce(torch.bfloat16 if rounded else None), LARGE
 
     def _blockwise(
