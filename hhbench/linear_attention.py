@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from hhbench import blockwise
+from hhbench import blockwise, flash_linear
 from hhbench.blockwise import CACHED, LARGE, Job, Size
 from hhbench.chunkwise import AtOnce, Chunks, OneByOne
 from hhbench.contracts import (
@@ -293,6 +293,8 @@ class LinearAttention(Attention):
                 chunks=chunks,
             )
             learned = [p for p in self.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
+            if form == "auto" and causal and self._by_flash_linear(q, k, v, positions):
+                return self._flash_linear(job, q, k, v, sums, need_sums=need_sums)
             found = self._blockwise(job, q, k, v, sums, learned, need_sums=need_sums)
             if drawn is None or torch.equal(drawn, _random_state(q.device)):
                 return found
@@ -343,13 +345,44 @@ class LinearAttention(Attention):
             ran(f"{name}, bidirectional")
             return blockwise.bidirectional(job, q, k, v, learned), None
         ran(name)
+        out, sums = blockwise.causal(job, q, k, v, self._per_head(sums), learned, need_sums=need_sums)
+        return out, self._per_group(sums)
+
+    def _by_flash_linear(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> bool:
+        """Whether another library's kernels sum these: see `flash_linear`. They know no log scales; one key shows."""
+        if self.query_map.signed or not flash_linear.wanted(q):
+            return False
+        key = k[:1, :, :1].to(sum_dtype(k))
+        with torch.no_grad():
+            key = key if self.share_kv_heads else repeat_heads(key, self.shape.num_heads)
+            _, log_scale = self.key_map.map_keys(key, positions=positions[:1, :1], key_mask=None)
+        return log_scale is None and flash_linear.agrees(q.device, q.dtype, self.key_map.feature_dim, v.shape[3])
+
+    def _flash_linear(
+        self, job: Job, q: Tensor, k: Tensor, v: Tensor, sums: Sums | None, *, need_sums: bool
+    ) -> tuple[Tensor, Sums | None]:
+        """Features are in float32 until they are multiplied."""
+        ran(flash_linear.NAME)
+        queries = self.map_queries(q, positions=job.positions, key_mask=job.key_mask)
+        keys, _ = self.map_keys(k, positions=job.positions, key_mask=job.key_mask)
+        values = self.map_values(v, key_mask=job.key_mask)
+        queries, keys, values = (x.to(q.dtype) for x in (queries, keys, values))
+        out, sums = flash_linear.causal(queries, keys, values, self._per_head(sums), need_sums=need_sums)
+        return out, self._per_group(sums)
+
+    def _per_head(self, sums: Sums | None) -> Sums | None:
+        """Those of a group's shared state, once for each of its heads."""
         group = self.shape.num_heads // self.shape.num_kv_heads if self.share_kv_heads else 1
-        if sums is not None and group > 1:
-            sums = Sums(*(x.repeat_interleave(group, 1) for x in (sums.values, sums.keys, sums.log_max)))
-        out, sums = blockwise.causal(job, q, k, v, sums, learned, need_sums=need_sums)
-        if sums is not None and group > 1:  # every head of a group has the same
-            sums = Sums(*(x[:, ::group] for x in (sums.values, sums.keys, sums.log_max)))
-        return out, sums
+        if sums is None or group == 1:
+            return sums
+        return Sums(*(x.repeat_interleave(group, 1) for x in (sums.values, sums.keys, sums.log_max)))
+
+    def _per_group(self, sums: Sums | None) -> Sums | None:
+        """Every head of a group that shares a state has the same."""
+        group = self.shape.num_heads // self.shape.num_kv_heads if self.share_kv_heads else 1
+        if sums is None or group == 1:
+            return sums
+        return Sums(*(x[:, ::group] for x in (sums.values, sums.keys, sums.log_max)))
 
     def _positions(self, k: Tensor, key_mask: Tensor | None, state: LinearState | None) -> Tensor:
         """Of the keys, [B, M]."""

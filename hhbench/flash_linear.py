@@ -1,0 +1,95 @@
+"""The causal sum by flash-linear-attention's Triton kernels, on CUDA, where they are installed (`hhbench[gpu]`).
+
+Theirs is the sum without a normaliser; a column of ones beside the values is ours. They keep sums of earlier chunks in
+the type of the inputs, so bfloat16 costs a little more precision here than in `hhbench.chunkwise`.
+
+**Not run on a GPU yet**, so they are believed only after they have agreed with the quadratic form on this GPU: once
+for each shape of the features. HHBENCH_FLA=0 leaves them out.
+"""
+
+import functools
+import importlib.util
+import logging
+import os
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from hhbench.errors import in_one_line
+from hhbench.linear_sum import Keys, Sums, divide, quadratic
+
+log = logging.getLogger("hhbench")
+
+ASKED = "HHBENCH_FLA"
+NAME = "flash-linear-attention"
+_WIDTH = 16  # columns of the values come in multiples of it, as tensor cores want them
+_AGREEMENT = 0.03  # of the largest value: far above the rounding of bfloat16, far below any mistake
+
+
+def wanted(q: Tensor) -> bool:
+    """Whether these queries are for the kernels: bfloat16 on a GPU that has it. In float32 they would round to TF32."""
+    if not q.is_cuda or q.dtype != torch.bfloat16 or os.environ.get(ASKED) == "0":
+        return False
+    return installed() and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+@functools.cache
+def installed() -> bool:
+    return importlib.util.find_spec("fla") is not None
+
+
+@functools.cache
+def agrees(device: torch.device, dtype: torch.dtype, feature_dim: int, value_dim: int) -> bool:
+    """Whether they give the sum and its gradients here. A warning says it where they don't, or fail."""
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            widths = feature_dim, feature_dim, value_dim, value_dim
+            *numbers, cotangent = (torch.randn(1, 2, 200, w, generator=generator).to(device, dtype) for w in widths)
+            q, k, v = given = [x.requires_grad_() for x in (numbers[0].abs(), numbers[1].abs(), numbers[2])]
+            out, _ = causal(q, k, v, None, need_sums=False)
+            q, k, v = exact = [x.detach().double().requires_grad_() for x in given]
+            truth = quadratic(q, Keys(k, v, None), causal=True)
+            found = [out, *torch.autograd.grad(out, given, cotangent)]
+            expected = [truth, *torch.autograd.grad(truth, exact, cotangent.double())]
+    except Exception as error:  # whatever another library's kernels do on a GPU that they weren't tried on
+        problem = f"fail here ({in_one_line(error)})"
+    else:
+        pairs = [(x.detach().double(), y.detach()) for x, y in zip(found, expected, strict=True)]
+        off = max(float((x - y).abs().max() / y.abs().max()) for x, y in pairs)
+        if off <= _AGREEMENT:
+            return True
+        problem = f"differ from the definition by {off:.2g} of the largest value"
+    log.warning("%s's kernels %s and are not used; %s=0 doesn't try them", NAME, problem, ASKED)
+    return False
+
+
+def causal(
+    queries: Tensor, keys: Tensor, values: Tensor, sums: Sums | None, *, need_sums: bool
+) -> tuple[Tensor, Sums | None]:
+    """The output [B, H, N, E], and the sums after the last token if they are needed.
+
+    Args:
+        queries, keys: features [B, H, N, F], of keys without log scales; padded keys are 0.
+        values: [B, H, N, E]. All three of the type in which they are multiplied.
+        sums: those before the first token, float32, or None.
+    """
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    (B, H, N, F), E = queries.shape, values.shape[3]
+    surplus = -(E + 1) % _WIDTH
+    start = None
+    if sums is not None:
+        both = torch.cat([sums.values, sums.keys[..., None]], -1)
+        start = pad(both, (0, surplus)).reshape(B * H, 1, F, E + 1 + surplus)
+    # Their layout is [B, N, H, .]: each head as a row of its own needs no copy.
+    rows = [x.reshape(B * H, N, 1, -1) for x in (queries, keys, pad(pad(values, (0, 1), value=1.0), (0, surplus)))]
+    u, end = chunk_simple_gla(*rows, scale=1.0, initial_state=start, output_final_state=need_sums)
+    u = u.view(B, H, N, -1)
+    out = divide(u[..., :E], u[..., E])
+    if not need_sums:
+        return out, None
+    end = end.view(B, H, F, -1)
+    log_max = values.new_zeros(B, H, dtype=end.dtype) if sums is None else sums.log_max
+    return out, Sums(end[..., :E], end[..., E], log_max)
