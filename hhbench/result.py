@@ -32,7 +32,18 @@ FILE_NAME: Final = "result.json"
 # FILE.failed or FILE.stopped beside it, and removes what is there of an earlier start.
 TOLD: Final = "HHBENCH_RESULT_PATH"
 
-_PACKAGES = ("hhbench", "torch", "lightning", "transformers", "timm", "torchmetrics", "datasets", "numpy")
+_PACKAGES = (
+    "hhbench",
+    "torch",
+    "lightning",
+    "transformers",
+    "timm",
+    "torchmetrics",
+    "datasets",
+    "numpy",
+    "flash-attn",
+    "fla-core",
+)
 _CODE = ("hhbench", "tasks", "baselines")
 
 

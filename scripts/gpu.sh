@@ -1,8 +1,14 @@
 #!/usr/bin/env bash
-# On a machine with a GPU, within 10 minutes: the fused kernels' checks and timings, into docs/results/gpu/<card>.json.
+# On a machine with a GPU, about 20 minutes, into docs/results/gpu: checks of what sums linear attentions there and their
+# times (<card>.json), then `hhbench profile` of every attention, from 512 to 65,536 tokens in bfloat16, and its plots.
 # Use an environment that has hhbench and torch with CUDA: bash scripts/gpu.sh [arguments of gpu_checks.py]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 unset TRITON_INTERPRET
 command -v nvidia-smi > /dev/null && nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
-python scripts/gpu_checks.py "$@"
+failed=0
+python scripts/gpu_checks.py "$@" || failed=$?
+[ "$failed" -ne 2 ] || exit 2 # no GPU, or arguments that it doesn't know
+python -m hhbench profile --attn all --lengths 512:65536 --mode train,prefill --dtype bfloat16 --device cuda \
+  --out docs/results/gpu --plots docs/results/gpu/plots || failed=$?
+exit "$failed"

@@ -1,12 +1,14 @@
-"""Runs the fused Hedgehog kernels on this machine's GPU: against the truth first, then against softmax's kernels.
+"""Runs what sums linear attentions on this machine's GPU: against the truth first, then against softmax's kernels.
 
     python scripts/gpu_checks.py                 # about 5 minutes; writes docs/results/gpu/<card>.json
     python scripts/gpu_checks.py --tokens 8192   # smaller, to try it
 
-Outputs and gradients are compared with the quadratic form in float64. Then, at the same number of tokens in all,
-forward and forward with backward are timed for each length, in interleaved rounds: the kernels, the attention's own
-form, and every backend of SDPA that takes the shape. Times are medians of CUDA events, with their tenth and ninetieth
-percentiles. Last come other tilings of each kernel, one at a time, at the longest length. What failed says how.
+Outputs and gradients are compared with the quadratic form in float64: the fused Hedgehog kernels', and those of every
+linear attention by all chunks at once and, where it is installed, by flash-linear-attention. Then, at the same number
+of tokens in all, forward and forward with backward are timed for each length, in interleaved rounds: the fused kernels,
+the two other ways, and every backend of SDPA that takes the shape. Times are medians of CUDA events, with their tenth
+and ninetieth percentiles. Last come other tilings of each kernel, one at a time, at the longest length. What failed
+says how.
 """
 
 import argparse
@@ -27,14 +29,18 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from hhbench import flash_linear
+from hhbench.attention import ATTENTIONS
 from hhbench.baselines import _hedgehog_triton as kernels
+from hhbench.kernels import kernels as what_runs
 from hhbench.linear_attention import LinearAttention
 from hhbench.profile.clock import Clock
 from hhbench.profile.correctness import distance
 from hhbench.profile.rounds import percentiles
 
 HEADS, WIDTH = 12, 64
-COLD = Clock(torch.device("cuda"), threads=1, cold=True)
+DEVICE = torch.device("cuda")
+COLD = Clock(DEVICE, threads=1, cold=True)
 BACKENDS = {
     "sdpa-flash": SDPBackend.FLASH_ATTENTION,
     "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -43,19 +49,19 @@ BACKENDS = {
 TILINGS = [(c, w, s) for c in (16, 32, 64) for w in (4, 8) for s in (1, 2, 3)]
 
 
-def make(causal: bool, heads: int = HEADS, width: int = WIDTH) -> LinearAttention:
+def make(causal: bool, heads: int = HEADS, width: int = WIDTH, name: str = "hedgehog") -> LinearAttention:
     torch.manual_seed(0)
-    module = linear("hedgehog", causal=causal, max_len=1 << 16, heads=heads, head_dim=width)
+    module = linear(name, causal=causal, max_len=1 << 16, heads=heads, head_dim=width)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3 * width**-0.5)
-    return module.cuda()
+    return module.to(DEVICE)
 
 
 def inputs(batch: int, length: int, dtype: torch.dtype, heads: int = HEADS, width: int = WIDTH) -> list[Tensor]:
     """q, k and v [B, H, N, D], as a model's projections lay them out."""
     shape = (batch, length, heads, width)
-    return [torch.randn(shape, device="cuda", dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3)]
+    return [torch.randn(shape, device=DEVICE, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3)]
 
 
 def fused(
@@ -68,41 +74,72 @@ def fused(
     return out
 
 
+def usual(
+    module: LinearAttention, qkv: Sequence[Tensor], key_mask: Tensor | None = None, *, flash: bool = False
+) -> Tensor:
+    """What runs without the fused kernels: all chunks at once, or flash-linear-attention's kernels."""
+    os.environ[flash_linear.ASKED] = str(int(flash))
+    out: Tensor = module(*qkv, key_mask=key_mask)
+    return out
+
+
 def errors(
-    causal: bool, dtype: torch.dtype, length: int, width: int, parts: int | None, masked: bool
+    attend: Callable[..., Tensor], name: str, causal: bool, dtype: torch.dtype, length: int, width: int, masked: bool
 ) -> dict[str, Any]:
     """Largest error against float64, of the output and the gradients, in parts of the largest value."""
-    module = make(causal, 3, width)
+    module = make(causal, 3, width, name).eval()
     qkv = inputs(2, length, dtype, 3, width)
-    mask = torch.rand(2, length, device="cuda") < 0.7 if masked else None
-    true_module, true_qkv = make(causal, 3, width).double(), [x.detach().double().requires_grad_() for x in qkv]
+    mask = torch.rand(2, length, device=DEVICE) < 0.7 if masked else None
+    true_module, true_qkv = (
+        make(causal, 3, width, name).eval().double(),
+        [x.detach().double().requires_grad_() for x in qkv],
+    )
     truth = true_module(*true_qkv, key_mask=mask, form="quadratic")
     do = torch.randn_like(truth)
     expected = torch.autograd.grad(truth, [*true_qkv, *true_module.parameters()], do)
-    found = fused(module, qkv, mask, parts)
+    with what_runs() as ran:
+        found = attend(module, qkv, mask)
     got = torch.autograd.grad(found, [*qkv, *module.parameters()], do.to(dtype))
-    names = ("output", "q", "k", "v", "weight_q", "weight_k")
+    names = ("output", "q", "k", "v", *(parameter for parameter, _ in module.named_parameters()))
     pairs = zip(names, (found, *got), (truth, *expected), strict=True)
-    return {name: distance(x, y) for name, x, y in pairs}
+    return {"ran": sorted(ran), "errors": {name: distance(x, y) for name, x, y in pairs}}
 
 
-def check_numerics() -> list[dict[str, Any]]:
-    """Bounds are far above rounding and far below any mistake."""
-    bounds = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+def checked(row: dict[str, Any], dtype: torch.dtype, *arguments: Any) -> dict[str, Any]:
+    """The row with its errors and whether they are small. Bounds are far above rounding and far below any mistake."""
+    bound = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}[dtype]
+    row |= {"dtype": str(dtype)} | attempt(partial(errors, *arguments))
+    row["passed"] = "errors" in row and all(value < bound for value in row["errors"].values())
+    print("ok  " if row["passed"] else "FAIL", json.dumps(row), flush=True)
+    return row
+
+
+def check_usual() -> list[dict[str, Any]]:
+    """Every linear attention, its sums by all chunks at once and by flash-linear-attention."""
+    rows = []
+    for name in (name for name in ATTENTIONS.names() if ATTENTIONS.get(name).rung == "FeatureMap"):
+        for causal in (True, False):
+            for dtype in (torch.float32, torch.bfloat16):
+                for flash in (False, True) if flash_linear.installed() and dtype == torch.bfloat16 else (False,):
+                    row: dict[str, Any] = {"attention": name, "causal": causal, "flash": flash}
+                    attend = partial(usual, flash=flash)
+                    rows.append(checked(row, dtype, attend, name, causal, dtype, 1000, 64, True))
+    return rows
+
+
+def check_fused() -> list[dict[str, Any]]:
+    """Hedgehog's fused kernels."""
     rows = []
     for causal in (True, False):
-        for dtype, bound in bounds.items():
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for width in (16, 64, 128):
                 if width == 128 and dtype != torch.bfloat16:
                     continue
                 for length, parts, masked in ((1000, 1, False), (1000, 3, True), (2048, None, False)):
-                    row: dict[str, Any] = {"causal": causal, "dtype": str(dtype), "width": width, "length": length}
+                    row: dict[str, Any] = {"causal": causal, "width": width, "length": length}
                     row |= {"parts": parts, "masked": masked}
-                    row |= attempt(partial(errors, causal, dtype, length, width, parts, masked))
-                    values = [row[name] for name in ("output", "q", "k", "v", "weight_q", "weight_k") if name in row]
-                    row["passed"] = bool(values) and all(value < bound for value in values)
-                    rows.append(row)
-                    print("ok  " if row["passed"] else "FAIL", json.dumps(row), flush=True)
+                    attend = partial(fused, parts=parts)
+                    rows.append(checked(row, dtype, attend, "hedgehog", causal, dtype, length, width, masked))
     return rows
 
 
@@ -142,8 +179,10 @@ def candidates(module: LinearAttention, qkv: list[Tensor], backward: bool) -> di
     learned = list(module.parameters())
     found = {
         "fused": call(lambda *qkv: fused(module, qkv), learned),
-        "linear-attention": call(module, learned),
+        "chunks at once": call(lambda *qkv: usual(module, qkv), learned),
     }
+    if module.shape.causal and flash_linear.installed():
+        found[flash_linear.NAME] = call(lambda *qkv: usual(module, qkv, flash=True), learned)
     return found | {name: call(softmax(backend)) for name, backend in BACKENDS.items()}
 
 
@@ -236,7 +275,8 @@ def main() -> int:
     path = arguments.out / (re.sub(r"[^a-z0-9]+", "-", card.lower()) + ".json")
     limit = start + arguments.seconds
     steps: dict[str, Callable[[], Any]] = {
-        "numerics": check_numerics,
+        "numerics of the usual form": check_usual,
+        "numerics": check_fused,
         "lengths": lambda: time_lengths(arguments.tokens, arguments.rounds, start + 0.7 * arguments.seconds),
         "tilings": lambda: time_tilings(arguments.tokens, 5, limit),
     }
@@ -244,7 +284,8 @@ def main() -> int:
         record[name] = step()
         path.write_text(json.dumps(record, indent=1) + "\n")  # what was measured stays, whatever comes next
     print(path)
-    return 0 if all(row["passed"] for row in record["numerics"]) else 1
+    checks = [*record["numerics of the usual form"], *record["numerics"]]
+    return 0 if all(row["passed"] for row in checks) else 1
 
 
 if __name__ == "__main__":
