@@ -283,9 +283,8 @@ class RunConfig:
         changes_result=False,
         group="machine",
     )
-    workers: int = setting(
-        "processes that load data",
-        default=0,
+    workers: int | None = setting(
+        "processes that load data (default: 0; for images on a GPU its share of the CPUs, 16 at most)",
         type=int,
         check=_not_negative,
         changes_result=False,

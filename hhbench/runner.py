@@ -64,7 +64,7 @@ ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps")
 SECONDS_TO_CLAIM = 1.0  # between two looks at what another process does
 
 # Settings that may stay blank.
-OPTIONAL = {"recipe", "micro_batch_size", "data_folder", "window", "keep_layers", "lora", "model_folder"}
+OPTIONAL = {"recipe", "micro_batch_size", "data_folder", "window", "keep_layers", "lora", "model_folder", "workers"}
 
 # What a teacher depends on: not on the attention, nor on what happens after the swap.
 TEACHER_SETTINGS = (

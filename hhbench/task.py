@@ -6,7 +6,7 @@ and which number counts. Training, conversion, evaluation, results and tables ar
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
@@ -47,19 +47,24 @@ class Dataset:
 class Split:
     """Examples, and how long each one is in tokens: batches are made of like lengths.
 
-    `draws`: reading one draws random numbers, as augmentation does. They are a function of (seed, epoch, index) then.
+    Attributes:
+        draws: reading one draws random numbers, as augmentation does. They are a function of (seed, epoch, index) then.
+        costly: reading one takes a CPU so long, as decoding an image does, that a GPU would wait for it.
     """
 
     examples: Sequence[Example]
     lengths: Sequence[int]
     draws: bool = False
+    costly: bool = False
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def first(self, count: int) -> "Split":
         """At most `count` examples; 0 = all."""
-        return Split(self.examples[:count], self.lengths[:count], self.draws) if 0 < count < len(self) else self
+        if not 0 < count < len(self):
+            return self
+        return replace(self, examples=self.examples[:count], lengths=self.lengths[:count])
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import functools
 import inspect
 import logging
 import math
+import os
 import random
 import sys
 import time
@@ -51,6 +52,7 @@ log = logging.getLogger("hhbench")
 # Padded tokens of an evaluation's batch, at most. A GPU that has no room for so many takes halves of them; a CPU gains
 # nothing from more than its caches hold.
 EVALUATED_TOKENS = {"cpu": 2048, "cuda": 2**17}
+MOST_WORKERS = 16  # processes that load data for one GPU, unless the user says how many
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------
@@ -155,17 +157,28 @@ def loader(split: Split, data: TaskData, config: RunConfig, *, train: bool, seed
         counts = pairs[0][0] >= 0
         return batch | {"index": torch.tensor([index for index, _ in pairs]), "counts": counts}
 
+    workers = usual_workers(split, config) if config.workers is None else config.workers
     return DataLoader(
         _Indexed(split, batches),  # type: ignore[arg-type]
         batch_sampler=batches,
         collate_fn=collate,
-        num_workers=config.workers,
+        num_workers=workers,
         worker_init_fn=_start_loading,
-        persistent_workers=config.workers > 0,
+        persistent_workers=workers > 0,
         # What a task collates with need not be picklable. Elsewhere than on Linux forking is not safe.
-        multiprocessing_context="fork" if config.workers and sys.platform == "linux" else None,
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         pin_memory=_on_cuda(config),
     )
+
+
+def usual_workers(split: Split, config: RunConfig) -> int:
+    """Processes that load a split unless the user says how many. On a CPU they would take the model's own cores."""
+    if not split.costly or not _on_cuda(config):
+        return 0
+    cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    # A cluster gives each rank CPUs of its own; elsewhere a machine's ranks share them.
+    sharing = 1 if "SLURM_CPUS_PER_TASK" in os.environ else config.devices
+    return min(MOST_WORKERS, max(1, cpus // sharing))
 
 
 def _start_loading(worker: int) -> None:

@@ -337,7 +337,8 @@ def _images(config: RunConfig) -> TaskData:
 
     def split(rows: Any, indices: list[int], transform: Any, limit: int | None, *, draws: bool = False) -> Split:
         indices = indices[: limit or None]
-        return Split(Transformed(rows, indices, transform), [inputs.num_tokens] * len(indices), draws)
+        images = Transformed(rows, indices, transform)
+        return Split(images, [inputs.num_tokens] * len(indices), draws, costly=True)
 
     return TaskData(
         train=split(train_rows, order[held:], inputs.train, config.train_examples, draws=True),

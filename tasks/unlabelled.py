@@ -161,7 +161,8 @@ def _images(config: RunConfig, paths: Sequence[Path]) -> TaskData:
 
     def split(indices: list[int], transform: Any, limit: int | None) -> Split:
         indices = indices[: limit or None]
-        return Split(imagenet.Transformed(_Files(paths), indices, transform), [inputs.num_tokens] * len(indices))
+        images = imagenet.Transformed(_Files(paths), indices, transform)
+        return Split(images, [inputs.num_tokens] * len(indices), costly=True)
 
     return TaskData(
         train=split(order[2 * held :], inputs.train, config.train_examples),

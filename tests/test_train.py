@@ -30,7 +30,7 @@ from hhbench import hosts, progress, train
 from hhbench.attention import OptimizerSettings
 from hhbench.distill import TransferLoss, intercepted
 from hhbench.errors import HHBenchError, UsageError
-from hhbench.task import Batch, StepOutput
+from hhbench.task import Batch, Split, StepOutput
 from hhbench.train import Batches, TransferStage, evaluate, loader, parameter_groups
 
 # --- batches ---
@@ -166,6 +166,37 @@ def test_a_batch_that_devices_can_t_share_is_refused(batch_size, devices, nodes)
     with pytest.raises(UsageError, match=f"--batch-size {batch_size} can't be divided over {devices * nodes}"):
         train.check_batch_size(config)
     train.check_batch_size(make_config(batch_size=8, devices=2, num_nodes=2))
+
+
+@pytest.mark.parametrize(
+    ("costly", "on_gpu", "cpus", "devices", "cluster", "expected"),
+    [
+        (True, True, 8, 1, False, 8),
+        (True, True, 8, 4, False, 2),
+        (True, True, 8, 4, True, 8),  # its CPUs are this rank's own
+        (True, True, 128, 2, False, 16),
+        (True, True, 2, 4, False, 1),
+        (True, False, 8, 1, False, 0),  # a CPU's cores are the model's
+        (False, True, 8, 1, False, 0),
+    ],
+)
+def test_images_for_a_gpu_are_read_by_its_share_of_the_cpus(
+    costly, on_gpu, cpus, devices, cluster, expected, monkeypatch
+):
+    monkeypatch.setattr(train, "_on_cuda", lambda _: on_gpu)
+    monkeypatch.setattr(train.os, "sched_getaffinity", lambda _: set(range(cpus)))
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    if cluster:
+        monkeypatch.setenv("SLURM_CPUS_PER_TASK", str(cpus))
+    split = Split([], [], costly=costly)
+    assert train.usual_workers(split, make_config(devices=devices)) == expected
+
+
+def test_who_says_how_many_processes_load_data_gets_them():
+    stand = Stand(workers=2)
+    assert stand.batches().num_workers == 2
+    stand = Stand()
+    assert stand.batches().num_workers == 0
 
 
 # --- how a stage optimises ---
