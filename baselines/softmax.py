@@ -1,5 +1,7 @@
 """Softmax attention: what every other attention is measured against."""
 
+import functools
+import logging
 from importlib.util import find_spec
 
 import torch
@@ -8,7 +10,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hhbench.attention import (
     Attention,
-    MixerShape,
     check_inputs,
     masked_softmax,
     register_attention,
@@ -16,21 +17,20 @@ from hhbench.attention import (
     visible_keys,
     zero_padding,
 )
+from hhbench.errors import in_one_line
 from hhbench.kernels import ran
 from hhbench.window import num_pairs
+
+log = logging.getLogger("hhbench")
 
 
 @register_attention(paper="Vaswani et al. 2017, eq. 1", cost="N^2 D", recipe="no-transfer")
 class Softmax(Attention):
     """weights_ij = exp(scale q_i.k_j) / sum_j exp(scale q_i.k_j).
 
-    Runs torch's scaled_dot_product_attention, or flash-attn where it is installed, the tensors are half precision on
-    a CUDA device and no key is padded.
+    Runs torch's scaled_dot_product_attention, or flash-attn where it is installed and works, the tensors are half
+    precision on a CUDA device and no key is padded.
     """
-
-    def __init__(self, shape: MixerShape) -> None:
-        super().__init__(shape)
-        self._flash_attn = find_spec("flash_attn") is not None
 
     def forward(
         self,
@@ -43,13 +43,9 @@ class Softmax(Attention):
     ) -> Tensor:
         check_inputs(self.shape, q, k, v, key_mask, positions)
         dropout = self.shape.dropout if self.training else 0.0
-        if self._flash_attn and q.is_cuda and key_mask is None and q.dtype in (torch.float16, torch.bfloat16):
-            from flash_attn import flash_attn_func
-
+        if key_mask is None and flash_attn_serves(q, v):
             ran("flash-attn")
-            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-            out: Tensor = flash_attn_func(q, k, v, dropout, softmax_scale=self.shape.scale, causal=self.shape.causal)
-            return out.transpose(1, 2)
+            return _flash_attn(q, k, v, dropout, softmax_scale=self.shape.scale, causal=self.shape.causal)
         ran("sdpa")
         num_queries, num_keys, H = q.shape[2], k.shape[2], q.shape[1]
         visible, blind, causal = None, None, self.shape.causal and num_queries > 1
@@ -101,3 +97,32 @@ class Softmax(Attention):
         """The two products over pairs of tokens; the sum of the normaliser, one part in 2 D, is not counted."""
         pairs = num_pairs(num_queries, num_keys, causal=self.shape.causal)
         return batch_size * self.shape.num_heads * pairs * 4 * self.shape.head_dim
+
+
+def flash_attn_serves(q: Tensor, v: Tensor) -> bool:
+    """Whether flash-attn is there for tensors like these."""
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    return q.is_cuda and half and _flash_attn_works(q.device, q.dtype, q.shape[3], v.shape[3])
+
+
+@functools.cache
+def _flash_attn_works(device: torch.device, dtype: torch.dtype, width: int, value_width: int) -> bool:
+    """Tried once, on one token: it may be built for another torch, and not for this GPU or these widths."""
+    if find_spec("flash_attn") is None:
+        return False
+    q, v = (torch.zeros(1, 1, 1, size, device=device, dtype=dtype) for size in (width, value_width))
+    try:
+        _flash_attn(q, q, v, 0.0, softmax_scale=1.0, causal=True)
+    except Exception as error:  # whatever its build or its checks come to
+        log.warning("flash-attn fails here (%s): softmax takes torch's SDPA", in_one_line(error))
+        return False
+    return True
+
+
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor, dropout: float, *, softmax_scale: float, causal: bool) -> Tensor:
+    """[B, H, N, D] as everywhere here; theirs is [B, N, H, D]."""
+    from flash_attn import flash_attn_func
+
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    out: Tensor = flash_attn_func(q, k, v, dropout, softmax_scale=softmax_scale, causal=causal)
+    return out.transpose(1, 2)

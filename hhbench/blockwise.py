@@ -158,6 +158,8 @@ def _with_one(job: Job, v: Tensor, block: _Block) -> Tensor:
     values = job.maps.map_values(v, key_mask=block.key_mask).flatten(0, 1)
     out = scratch("values", values, *values.shape[:2], values.shape[2] + 1)
     out[..., :-1].copy_(values)
+    if not out.is_cpu:
+        out[..., -1].fill_(1.0)
     return out
 
 

@@ -42,10 +42,12 @@ class Chunks(Protocol):
     Attributes:
         name: of this implementation, for `hhbench.kernels`.
         size: tokens of a chunk.
+        by_pairs: up to so many tokens, all pairs under autograd do as well: it needn't map them again.
     """
 
     name: str
     size: int
+    by_pairs: int
 
     def product(self, a: Tensor, b: Tensor, name: str = "") -> Tensor:
         """a @ b in the type of the sums; in the buffer of this name, where there are buffers."""
@@ -121,6 +123,7 @@ class OneByOne:
 
     name = "blocks"
     size = 64
+    by_pairs = 64
 
     def product(self, a: Tensor, b: Tensor, name: str = "") -> Tensor:
         return torch.bmm(a, b, out=scratch(name, a, a.shape[0], a.shape[1], b.shape[2]))
@@ -225,7 +228,9 @@ def _from_both(
 
 # --- all chunks at once ---
 
-# Of operands of 16 bits, on CUDA: torch 2.8 and later.
+_ALIGNED = 8  # numbers of 16 bits: tensor cores want rows of whole 16 bytes
+
+# Of operands of 16 bits, on CUDA: torch 2.8 and later. Before, the products of the same rounded numbers are float32's.
 _BMM_GIVES_FLOAT32 = "dtype" in torch.ops.aten.bmm.overloads()  # type: ignore[no-untyped-call]
 
 
@@ -264,6 +269,7 @@ class AtOnce:
 
     def __init__(self, operands: torch.dtype | None = None) -> None:
         self.operands = operands
+        self.by_pairs = self.size if operands is None else 1  # pairs under autograd are multiplied in float32
         self.name = "chunks at once" if operands is None else f"chunks at once, {str(operands).split('.')[-1]}"
 
     def product(self, a: Tensor, b: Tensor, name: str = "") -> Tensor:
@@ -271,12 +277,13 @@ class AtOnce:
         if self.operands is None:
             return a @ b
         a, b = a.to(self.operands), b.to(self.operands)
-        if not a.is_cuda:
+        if not (a.is_cuda and _BMM_GIVES_FLOAT32):
             return a.float() @ b.float()
-        if not _BMM_GIVES_FLOAT32:
-            return (a @ b).float()
+        columns, inner = b.shape[-1], -a.shape[-1] % _ALIGNED
+        if inner or columns % _ALIGNED:
+            a, b = pad(a, (0, inner)), pad(b, (0, -columns % _ALIGNED, 0, inner))
         out = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=torch.float32)
-        return out.view(*a.shape[:-1], b.shape[-1])
+        return out.view(*a.shape[:-1], -1)[..., :columns]
 
     def add_product(self, total: Tensor, a: Tensor, b: Tensor) -> None:
         total += self.product(a, b)
@@ -347,8 +354,8 @@ class AtOnce:
         return pad(x, (0, 0, 0, -x.shape[1] % size)).view(x.shape[0], -1, size, x.shape[2])
 
     def _aligned(self, x: Tensor) -> Tensor:
-        """Columns of zeros after those of [v, 1], up to the next eight: tensor cores want rows of whole 16 bytes."""
-        return x if self.operands is None else pad(x, (0, -x.shape[-1] % 8))
+        """Columns of zeros after those of [v, 1], here once and not in each product."""
+        return x if self.operands is None else pad(x, (0, -x.shape[-1] % _ALIGNED))
 
     @staticmethod
     def _joined(x: Tensor, like: Tensor) -> Tensor:

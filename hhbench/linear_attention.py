@@ -62,8 +62,8 @@ class LinearAttention(Attention):
             repeated before the map, so that every query head has its own.
 
     Attributes:
-        floored_rows: query and key rows whose features all lay at or below FLOOR, counted in evaluation mode: such
-            a query attends evenly, such a key is hardly seen.
+        floored_rows: query and key rows whose features all lay at or below FLOOR, counted in evaluation mode, but
+            for tokens that are decoded: such a query attends evenly, such a key is hardly seen.
     """
 
     has_state = True
@@ -246,8 +246,8 @@ class LinearAttention(Attention):
             if k.shape[1] != state.keys.shape[1]:
                 k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
             queries, features, log_scale = query_map.map_token(key_map, q, k, positions=positions)
-            if not query_map.signed and not query_map.floored:
-                both = self._floored(torch.cat([queries, features], dim=1), None, None)
+            if not query_map.signed and not query_map.floored:  # and not counted: that takes longer than the rest
+                both = torch.cat([queries, features], dim=1).clamp_min(FLOOR)
                 queries, features = both.split_with_sizes([queries.shape[1], features.shape[1]], dim=1)
             sums = Sums(state.values, state.keys, state.log_max)
             found = step(queries, Keys(features, v, log_scale), sums, may_be_blind=query_map.signed)
@@ -275,8 +275,8 @@ class LinearAttention(Attention):
             self.query_map.begin_pass()
         by_token = form == "recurrent" or (form == "auto" and causal and N == 1)
         chunks, size = self._cut(q)
-        if form == "auto" and causal and 1 < N <= chunks.size and sums is None:
-            form = "quadratic"  # a chunk alone is all pairs, and autograd needn't map it again
+        if form == "auto" and causal and 1 < N <= chunks.by_pairs and sums is None:
+            form = "quadratic"
         by_blocks = not by_token and form != "quadratic" and q.device.type != "meta"
         if by_blocks and not torch.compiler.is_compiling():  # which can't follow buffers that outlive a call
             drawn = _random_state(q.device) if self.training else None
@@ -356,19 +356,17 @@ class LinearAttention(Attention):
         with torch.no_grad():
             key = key if self.share_kv_heads else repeat_heads(key, self.shape.num_heads)
             _, log_scale = self.key_map.map_keys(key, positions=positions[:1, :1], key_mask=None)
-        return log_scale is None and flash_linear.agrees(q.device, q.dtype, self.key_map.feature_dim, v.shape[3])
+        return log_scale is None and flash_linear.agrees(q.device, self.key_map.feature_dim, v.shape[3])
 
     def _flash_linear(
         self, job: Job, q: Tensor, k: Tensor, v: Tensor, sums: Sums | None, *, need_sums: bool
     ) -> tuple[Tensor, Sums | None]:
-        """Features are in float32 until they are multiplied."""
         ran(flash_linear.NAME)
         queries = self.map_queries(q, positions=job.positions, key_mask=job.key_mask)
         keys, _ = self.map_keys(k, positions=job.positions, key_mask=job.key_mask)
         values = self.map_values(v, key_mask=job.key_mask)
-        queries, keys, values = (x.to(q.dtype) for x in (queries, keys, values))
         out, sums = flash_linear.causal(queries, keys, values, self._per_head(sums), need_sums=need_sums)
-        return out, self._per_group(sums)
+        return out.to(q.dtype), self._per_group(sums)
 
     def _per_head(self, sums: Sums | None) -> Sums | None:
         """Those of a group's shared state, once for each of its heads."""

@@ -19,10 +19,10 @@ class Scratch(threading.local):
         self._made: dict[tuple[Any, ...], Tensor] = {}
 
     def __call__(self, name: str, like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor of this shape, 1 to begin with: the same one for the same name, shape and type."""
+        """A tensor of this shape, 1 to begin with on a CPU: the same one for the same name, shape and type."""
         dtype = dtype or like.dtype
         if like.device.type != "cpu":
-            return torch.ones(shape, dtype=dtype, device=like.device)
+            return torch.empty(shape, dtype=dtype, device=like.device)
         key = name, shape, dtype
         found = self._made.get(key)
         if found is None:

@@ -63,7 +63,25 @@ from hhbench.profile.record import Crossover
 from hhbench.profile.request import Request, lengths_of
 from hhbench.profile.rounds import interval, percentiles
 
-GRID = (128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448, 512, 640, 768, 1024)  # a crossover is looked for in here
+GRID = (
+    128,
+    160,
+    192,
+    224,
+    256,
+    288,
+    320,
+    352,
+    384,
+    416,
+    448,
+    512,
+    640,
+    768,
+    1024,
+    1280,
+    1536,
+)  # a crossover is looked for in here
 ASKED = "HHBENCH_NATIVE"  # the variable that asks for the compiled form
 FINER = 0.25  # octaves between the lengths around the crossover that `hhbench profile` states, and how far they reach:
 AROUND = 0.75
@@ -201,14 +219,17 @@ def sweep(lengths: Sequence[int], effort: Effort, *, backward: bool) -> Sweep:
 def crossover_row(name: str, what: str, lengths: Sequence[int], ratios: Sequence[Sequence[float]]) -> Row:
     """Where the median over rounds crosses 1, and the spread of that over rounds drawn again. See `sweep`."""
     value, draws = estimate(lengths, ratios)
-    found = np.maximum(draws[np.isfinite(draws)], lengths[0])
+    beyond = int(np.isinf(draws).sum())
+    found = np.clip(draws, lengths[0], lengths[-1])  # one that doesn't cross counts as crossing at the longest tried
     by_length = {str(N): float(1 / np.median(each)) for N, each in zip(lengths, ratios, strict=True)}
-    details = {"ratios": by_length, "resamples_without": len(draws) - len(found)}
+    details = {"ratios": by_length, "resamples_without": beyond}
     row = Row(name, what, None, unit="tokens", rounds=len(ratios[0]), details=details)
     if value == math.inf:
         return replace(row, note=f"softmax is still faster at {lengths[-1]:,}")
     low, _, high = percentiles(found)
     note = "" if value else f"already faster at {lengths[0]:,}, the shortest tried"
+    if beyond:
+        note = f"{beyond / len(draws):.0%} of the draws cross beyond {lengths[-1]:,}"
     return replace(row, value=max(value, lengths[0]), low=low, high=high, note=note)
 
 

@@ -5,7 +5,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,10 +34,18 @@ def _softmax_backward_flops(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: An
     return int(flop_counter.sdpa_backward_flop_count(grad, q, k, v))  # type: ignore[no-untyped-call]
 
 
-# torch's own softmax on a CPU, which its counter knows on a GPU alone.
-_CPU_SOFTMAX: Final = {
+def _bmm_flops(a: Sequence[int], b: Sequence[int], *rest: object, **named: object) -> int:
+    """[B, N, K] and [B, K, M]."""
+    del rest, named
+    return int(2 * a[0] * a[1] * a[2] * b[2])
+
+
+_COUNTED: Final = {
+    # torch's own softmax on a CPU, which its counter knows on a GPU alone.
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _softmax_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _softmax_backward_flops,
+    # Its counter fails on a product whose type is named, in releases before 2.14.
+    torch.ops.aten.bmm: _bmm_flops,
 }
 
 
@@ -229,7 +237,7 @@ def inspect(run: Callable[[], object], device: torch.device) -> Inspection:
         run()
         torch.cuda.synchronize(device)
         peak = torch.cuda.max_memory_allocated(device) - before
-    counter = flop_counter.FlopCounterMode(display=False, custom_mapping=_CPU_SOFTMAX)
+    counter = flop_counter.FlopCounterMode(display=False, custom_mapping=_COUNTED)
     counter.mod_tracker = _Whole()  # type: ignore[assignment]
     watched = torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=device.type == "cpu", acc_events=True

@@ -236,7 +236,7 @@ class _Session:
         sample = _forecast(track.sample, entry.length) or 0.0
         reserved = sum(min(other.least, self.request.rounds) * other.cost for other in self.live)
         if self.spent + reserved + cost + min(least, self.request.rounds) * sample > self.request.seconds:
-            said = f"about {_seconds(sample)} each time" if sample else "it was spent before"
+            said = f"what is left is too little for {least} rounds" if sample else "it was spent before"
             self._end(entry, track, record.NOT_RUN, f"budget: {said}")
             return
         needed = max(
