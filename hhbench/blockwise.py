@@ -36,7 +36,7 @@ class Size:
 
 
 CACHED = Size(256, 12 * 256 * 128)  # on a CPU
-LARGE = Size(2**15, 12 * 2**15 * 128)  # 200 MB in float32
+LARGE = Size(2**14, 12 * 2**14 * 128)  # elsewhere; 100 MB in float32
 
 
 class Maps(Protocol):
@@ -58,6 +58,9 @@ class Maps(Protocol):
 
     def map_values(self, v: Tensor, *, key_mask: Tensor | None) -> Tensor:
         """[b, G, n, E] -> [b, H, n, E]"""
+
+
+_Place = tuple[slice, slice, slice]  # rows, heads, tokens
 
 
 class _Block(NamedTuple):
@@ -122,10 +125,22 @@ class Job:
     def _rows_at_once(self, length: int) -> int:
         return max(1, self.size.features // (self.num_heads * length * self.feature_dim))
 
-    def divide(self, u: Tensor, out: Tensor) -> None:
-        """u [L, n, E + 1] to the output [b, H, n, E]; zero where a query has no key to attend to."""
+    def divide(self, u: Tensor, out: Tensor, lost: Tensor | None) -> None:
+        """u [L, n, E + 1] to the output [b, H, n, E]; zero where a query has no key to attend to.
+
+        Args:
+            lost: takes what the output's type doesn't hold, or None.
+        """
         u = u.view(-1, self.num_heads, *u.shape[1:])
-        torch.div(u[..., :-1], self.divisor(u[..., -1:]), out=out)
+        if lost is None:
+            torch.div(u[..., :-1], self.divisor(u[..., -1:]), out=out)
+            return
+        exact = u[..., :-1] / self.divisor(u[..., -1:])
+        lost.copy_(exact.sub_(out.copy_(exact)))
+
+    def lost(self, out: Tensor) -> Tensor | None:
+        """Memory for what an output of 16 bits loses: its gradient is a small difference of large numbers."""
+        return None if out.dtype == self.dtype else torch.empty_like(out)
 
     def divisor(self, normaliser: Tensor) -> Tensor:
         """The normaliser, or 1 where there is no key to attend to and the numerator is 0."""
@@ -177,12 +192,22 @@ def _keys(job: Job, k: Tensor, block: _Block) -> tuple[Tensor, Tensor | None]:
     return found.flatten(0, 1), None if scale is None else scale.flatten(0, 1)
 
 
-def _cotangent(job: Job, d_out: Tensor, out: Tensor, normaliser: Tensor, into: Tensor) -> Tensor:
-    """g = du [L, n, E + 1]: do / normaliser of the numerator, -(do . out) / normaliser of the normaliser."""
-    g = into.view(*d_out.shape[:3], -1)
-    of_numerator = torch.div(d_out.to(job.dtype), job.divisor(normaliser)[..., None], out=g[..., :-1])
-    torch.sum(of_numerator * out.to(job.dtype), -1, keepdim=True, out=g[..., -1:]).neg_()
-    return into
+class _Outputs(NamedTuple):
+    """What the backward pass needs of the forward pass: outputs [B, H, N, E], what they lost, normalisers [B, H, N]."""
+
+    out: Tensor
+    lost: Tensor | None
+    normalisers: Tensor
+
+    def cotangent(self, job: Job, d_out: Tensor, at: _Place, into: Tensor) -> Tensor:
+        """g = du [L, n, E + 1]: do / normaliser of the numerator, -(do . out) / normaliser of the normaliser."""
+        out, d_out = self.out[at].to(job.dtype), d_out[at].to(job.dtype)
+        if self.lost is not None:
+            out = out + self.lost[at]
+        g = into.view(*d_out.shape[:3], -1)
+        of_numerator = torch.div(d_out, job.divisor(self.normalisers[at])[..., None], out=g[..., :-1])
+        torch.sum(of_numerator * out, -1, keepdim=True, out=g[..., -1:]).neg_()
+        return into
 
 
 class _Learned:
@@ -231,6 +256,7 @@ class _Causal(torch.autograd.Function):
         B, H, N, E = *q.shape[:3], v.shape[3]
         out = q.new_empty(B, H, N, E)
         normalisers = out.new_empty(B, H, N, dtype=job.dtype) if need.gradients else None
+        lost = job.lost(out) if need.gradients else None
         ends: list[tuple[Tensor, Tensor]] = []
         kept: list[list[tuple[Tensor, Tensor]]] = []  # the sums before each block
         for rows in job.rows():
@@ -258,13 +284,13 @@ class _Causal(torch.autograd.Function):
                 empty = False
                 if normalisers is not None:
                     normalisers[rows, :, tokens] = u[..., E].view(-1, H, u.shape[1])
-                job.divide(u, out[rows, :, tokens])
+                job.divide(u, out[rows, :, tokens], None if lost is None else lost[rows, :, tokens])
             # Keys without log scales are of scale 1.
             ends.append((some, torch.zeros_like(some_max) if log_scale is None else some_max))
         if need.gradients:
             ctx.job, ctx.need, ctx.kept, ctx.held = job, need, kept, job.held()
             ctx.fresh = start is None
-            ctx.save_for_backward(q, k, v, out, normalisers, *params)
+            ctx.save_for_backward(q, k, v, out, lost, normalisers, *params)
         sums, last_max = (torch.cat(x).view(B, H, *x[0].shape[1:]) for x in zip(*ends, strict=True))
         ctx.mark_non_differentiable(last_max)
         return out, sums, last_max
@@ -272,7 +298,8 @@ class _Causal(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_sums: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        q, k, v, out, normalisers, *params = ctx.saved_tensors
+        q, k, v, out, lost, normalisers, *params = ctx.saved_tensors
+        outputs = _Outputs(out, lost, normalisers)
         job: Job = ctx.job
         N = q.shape[2]
         suffix = d_sums.contiguous().clone()
@@ -291,7 +318,7 @@ class _Causal(torch.autograd.Function):
                 queries, keys = mapped_q.detach().flatten(0, 1), mapped_k.detach().flatten(0, 1)
                 scale_of_all = None if log_scale is None else log_scale.detach().flatten(0, 1)
                 values = _with_one(job, v[at], block)
-                g = _cotangent(job, d_out[at], out[at], normalisers[at], scratch("g", values, *values.shape))
+                g = outputs.cotangent(job, d_out, at, scratch("g", values, *values.shape))
                 summed = Mapped(queries, keys, values, scale_of_all)
                 first = ctx.fresh and block.tokens.start == 0
                 to_q, to_k, to_v = job.chunks.backward(summed, g, some, some_max, rest, first=first, last=last)
@@ -312,6 +339,7 @@ class _Bidirectional(torch.autograd.Function):
         B, H, N, E = *q.shape[:3], v.shape[3]
         out = q.new_empty(B, H, N, E)
         normalisers = out.new_empty(B, H, N, dtype=job.dtype) if keep else None
+        lost = job.lost(out) if keep else None
         kept: list[tuple[Tensor, Tensor]] = []
         for rows in job.rows():
             sums = log_max = None
@@ -329,19 +357,20 @@ class _Bidirectional(torch.autograd.Function):
             assert sums is not None and log_max is not None
             kept.append((sums, log_max))
             for block in job.blocks(rows, N):
-                u = job.chunks.by_sums(_queries(job, q[rows, :, block.tokens], block), sums)
+                u = job.chunks.product(_queries(job, q[rows, :, block.tokens], block), sums, "u", exact="b")
                 if normalisers is not None:
                     normalisers[rows, :, block.tokens] = u[..., E].view(-1, H, u.shape[1])
-                job.divide(u, out[rows, :, block.tokens])
+                job.divide(u, out[rows, :, block.tokens], None if lost is None else lost[rows, :, block.tokens])
         if keep:
             ctx.job, ctx.kept, ctx.held = job, kept, job.held()
-            ctx.save_for_backward(q, k, v, out, normalisers, *params)
+            ctx.save_for_backward(q, k, v, out, lost, normalisers, *params)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, normalisers, *params = ctx.saved_tensors
+        q, k, v, out, lost, normalisers, *params = ctx.saved_tensors
+        outputs = _Outputs(out, lost, normalisers)
         job: Job = ctx.job
         E = v.shape[3]
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -354,10 +383,9 @@ class _Bidirectional(torch.autograd.Function):
                     own_q = q[at].detach().requires_grad_()
                     mapped_q = job.maps.map_queries(own_q, positions=block.positions, key_mask=block.key_mask)
                 queries = mapped_q.detach().flatten(0, 1)
-                g = scratch("g", queries, *queries.shape[:2], E + 1)
-                g = _cotangent(job, d_out[at], out[at], normalisers[at], g)
+                g = outputs.cotangent(job, d_out, at, scratch("g", queries, *queries.shape[:2], E + 1))
                 job.chunks.add_product(d_sums, queries.mT, g)
-                to_q = job.chunks.product(g, sums.mT, "to queries")
+                to_q = job.chunks.product(g, sums.mT, "to queries", exact="ab")
                 (dq[at],) = learned.pull([mapped_q], [to_q], [own_q])
             for block in job.blocks(rows, k.shape[2]):
                 at = rows, slice(None), block.tokens
@@ -367,7 +395,7 @@ class _Bidirectional(torch.autograd.Function):
                     mapped_v = job.maps.map_values(own[1], key_mask=block.key_mask)
                 keys = mapped_k.detach().flatten(0, 1)
                 values = _with_one(job, v[at], block)
-                to_k = job.chunks.product(values, d_sums.mT, "to keys")
+                to_k = job.chunks.product(values, d_sums.mT, "to keys", exact="b")
                 to_v = job.chunks.product(keys, d_sums[..., :E], "to values")
                 mapped, received = [mapped_k, mapped_v], [to_k, to_v]
                 if log_scale is not None:

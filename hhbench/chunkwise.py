@@ -37,7 +37,7 @@ class Mapped(NamedTuple):
 
 
 class Chunks(Protocol):
-    """An order of the work. S and R are updated in place.
+    """An order of the work.
 
     Attributes:
         name: of this implementation, for `hhbench.kernels`.
@@ -49,14 +49,15 @@ class Chunks(Protocol):
     size: int
     by_pairs: int
 
-    def product(self, a: Tensor, b: Tensor, name: str = "") -> Tensor:
-        """a @ b in the type of the sums; in the buffer of this name, where there are buffers."""
+    def product(self, a: Tensor, b: Tensor, name: str, *, exact: str = "") -> Tensor:
+        """a @ b in the type of the sums; in the buffer of this name, where there are buffers.
+
+        Args:
+            exact: "a", "b" or "ab": which operands count with what rounding would take from them, if they are rounded.
+        """
 
     def add_product(self, total: Tensor, a: Tensor, b: Tensor) -> None:
-        """Adds a @ b, in place."""
-
-    def by_sums(self, queries: Tensor, sums: Tensor) -> Tensor:
-        """queries @ sums, of an output."""
+        """Adds a @ b, in place, with all of b."""
 
     def forward(
         self, block: Mapped, sums: Tensor, log_max: Tensor, *, first: bool, last: bool
@@ -64,7 +65,7 @@ class Chunks(Protocol):
         """u [L, n, E + 1], and the largest log scale after the block.
 
         Args:
-            sums: S before the block, [L, F, E + 1]; after it, unless it is the last.
+            sums: S before the block, [L, F, E + 1]; then, in place, after it. Anything if it is the last.
             log_max: the largest log scale before the block, [L].
             first: there is nothing in S yet.
             last: nobody asks for S after the block.
@@ -77,8 +78,8 @@ class Chunks(Protocol):
 
         Args:
             g: what u receives, [L, n, E + 1].
-            sums, log_max: those before the block. S is not kept.
-            rest: R after the block, [L, F, E + 1]; then before it, unless it is the first.
+            sums, log_max: those before the block. S may be overwritten.
+            rest: R after the block, [L, F, E + 1]; then, in place, before it. Anything if it is the first.
             first: there is nothing in S before the block.
             last: there is nothing in R after it.
         """
@@ -125,14 +126,12 @@ class OneByOne:
     size = 64
     by_pairs = 64
 
-    def product(self, a: Tensor, b: Tensor, name: str = "") -> Tensor:
+    def product(self, a: Tensor, b: Tensor, name: str, *, exact: str = "") -> Tensor:
+        del exact
         return torch.bmm(a, b, out=scratch(name, a, a.shape[0], a.shape[1], b.shape[2]))
 
     def add_product(self, total: Tensor, a: Tensor, b: Tensor) -> None:
         total.baddbmm_(a, b)
-
-    def by_sums(self, queries: Tensor, sums: Tensor) -> Tensor:
-        return self.product(queries, sums, "u")
 
     def forward(
         self, block: Mapped, sums: Tensor, log_max: Tensor, *, first: bool, last: bool
@@ -230,9 +229,6 @@ def _from_both(
 
 _ALIGNED = 8  # numbers of 16 bits: tensor cores want rows of whole 16 bytes
 
-# Of operands of 16 bits, on CUDA: torch 2.8 and later. Before, the products of the same rounded numbers are float32's.
-_BMM_GIVES_FLOAT32 = "dtype" in torch.ops.aten.bmm.overloads()  # type: ignore[no-untyped-call]
-
 
 class _Levels:
     """Where keys have log scales: what `_Scales` says of a chunk, of all C chunks.
@@ -262,7 +258,8 @@ class AtOnce:
 
     Args:
         operands: the type to which operands of products are rounded, their sums being float32; None: they stay as they
-            are. With bfloat16 the products run in tensor cores.
+            are. With bfloat16 the products run in tensor cores. What rounding takes is multiplied too where it would
+            show: in sums, which late in a sequence give nearly all of an output, and in g, whose parts cancel.
     """
 
     size = 128
@@ -272,26 +269,20 @@ class AtOnce:
         self.by_pairs = self.size if operands is None else 1  # pairs under autograd are multiplied in float32
         self.name = "chunks at once" if operands is None else f"chunks at once, {str(operands).split('.')[-1]}"
 
-    def product(self, a: Tensor, b: Tensor, name: str = "") -> Tensor:
+    def product(self, a: Tensor, b: Tensor, name: str = "", *, exact: str = "") -> Tensor:
         del name
         if self.operands is None:
             return a @ b
-        a, b = a.to(self.operands), b.to(self.operands)
-        if not (a.is_cuda and _BMM_GIVES_FLOAT32):
-            return a.float() @ b.float()
-        columns, inner = b.shape[-1], -a.shape[-1] % _ALIGNED
-        if inner or columns % _ALIGNED:
-            a, b = pad(a, (0, inner)), pad(b, (0, -columns % _ALIGNED, 0, inner))
-        out = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=torch.float32)
-        return out.view(*a.shape[:-1], -1)[..., :columns]
+        rounded_a, rounded_b = a.to(self.operands), b.to(self.operands)
+        out = _float32_product(rounded_a, rounded_b)
+        if "a" in exact:
+            out += _float32_product((a - rounded_a).to(self.operands), rounded_b)
+        if "b" in exact:
+            out += _float32_product(rounded_a, (b - rounded_b).to(self.operands))
+        return out
 
     def add_product(self, total: Tensor, a: Tensor, b: Tensor) -> None:
-        total += self.product(a, b)
-
-    def by_sums(self, queries: Tensor, sums: Tensor) -> Tensor:
-        """What rounding takes from the sums is multiplied too: late in a sequence it is half of the error."""
-        out = self.product(queries, sums)
-        return out if self.operands is None else out.add_(self.product(queries, sums - sums.to(self.operands)))
+        total += self.product(a, b, exact="b")
 
     def forward(
         self, block: Mapped, sums: Tensor, log_max: Tensor, *, first: bool, last: bool
@@ -302,7 +293,7 @@ class AtOnce:
         u = self.product(self._pairs(queries, keys, levels), values)
         if not (first and last and queries.shape[1] == 1):  # one chunk alone has no use for sums
             before = self._before(keys, values, levels, self._aligned(sums))
-            u += self.by_sums(_times(queries, levels.of_sums if levels else None), before[:, :-1])
+            u += self.product(_times(queries, levels.of_sums if levels else None), before[:, :-1], exact="b")
             sums.copy_(before[:, -1, :, :width])
         return self._joined(u, block.queries)[..., :width], levels.after if levels else log_max
 
@@ -313,14 +304,14 @@ class AtOnce:
         queries, keys = self._cut(block.queries), self._cut(block.keys)
         values, g = self._cut(self._aligned(block.values)), self._cut(self._aligned(g))
         levels = self._levels(block.log_scale, log_max)
-        a, p = self._pairs(queries, keys, levels), self._pairs(g, values, levels)
+        a, p = self._pairs(queries, keys, levels), self._pairs(g, values, levels, exact="a")
         to_q, to_k, to_v = self.product(p, keys), self.product(p.mT, queries), self.product(a.mT, g)
         if not (first and last and queries.shape[1] == 1):
             of_sums, of_keys = (levels.of_sums, levels.of_keys) if levels else (None, None)
             before = self._before(keys, values, levels, self._aligned(sums))[:, :-1]
-            to_q += _times(self.product(g, before.mT), of_sums)
+            to_q += _times(self.product(g, before.mT, exact="ab"), of_sums)
             after = self._after(_times(queries, of_sums), g, levels, self._aligned(rest))
-            to_k += _times(self.product(values, after[:, 1:].mT), of_keys)
+            to_k += _times(self.product(values, after[:, 1:].mT, exact="b"), of_keys)
             to_v += _times(self.product(keys, after[:, 1:]), of_keys)
             rest.copy_(after[:, 0, :, :width])
         to_q, to_k, to_v = (self._joined(x, block.queries) for x in (to_q, to_k, to_v))
@@ -334,12 +325,12 @@ class AtOnce:
 
     def _after(self, queries: Tensor, g: Tensor, levels: _Levels | None, rest: Tensor) -> Tensor:
         """R for what lies before the block, and after each chunk, [L, C + 1, F, E + 1]."""
-        every = torch.cat([self.product(queries.mT, g), rest[:, None]], dim=1)
+        every = torch.cat([self.product(queries.mT, g, exact="b"), rest[:, None]], dim=1)
         return (levels.decay.mT @ every.flatten(2)).view_as(every) if levels else every.flip(1).cumsum(1).flip(1)
 
-    def _pairs(self, rows: Tensor, columns: Tensor, levels: _Levels | None) -> Tensor:
+    def _pairs(self, rows: Tensor, columns: Tensor, levels: _Levels | None, *, exact: str = "") -> Tensor:
         """rows_i . columns_j, for pairs of a chunk that may meet, and 0 elsewhere: [L, C, n, n]."""
-        return _times(self.product(rows, columns.mT), levels.pairs if levels else None).tril_()
+        return _times(self.product(rows, columns.mT, exact=exact), levels.pairs if levels else None).tril_()
 
     def _levels(self, log_scale: Tensor | None, log_max: Tensor) -> _Levels | None:
         if log_scale is None:
@@ -351,16 +342,39 @@ class AtOnce:
     def _cut(self, x: Tensor) -> Tensor:
         """[L, n, X] -> [L, C, size, X], filled up with zeros; a block that is shorter is one chunk of its length."""
         size = min(x.shape[1], self.size)
-        return pad(x, (0, 0, 0, -x.shape[1] % size)).view(x.shape[0], -1, size, x.shape[2])
+        return _filled(x, rows=-x.shape[1] % size).view(x.shape[0], -1, size, x.shape[2])
 
     def _aligned(self, x: Tensor) -> Tensor:
         """Columns of zeros after those of [v, 1], here once and not in each product."""
-        return x if self.operands is None else pad(x, (0, -x.shape[-1] % _ALIGNED))
+        return x if self.operands is None else _filled(x, columns=-x.shape[-1] % _ALIGNED)
 
     @staticmethod
     def _joined(x: Tensor, like: Tensor) -> Tensor:
         """[L, C, size, X] -> [L, n, X]"""
         return x.flatten(1, 2)[:, : like.shape[1]]
+
+
+def _float32_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b [..., n, m], of operands of 16 bits, in float32."""
+    if not _gives_float32(a.device):
+        return a.float() @ b.float()
+    columns, inner = b.shape[-1], -a.shape[-1] % _ALIGNED
+    a, b = _filled(a, columns=inner), _filled(b, columns=-columns % _ALIGNED, rows=inner)
+    return _bmm(a.flatten(0, -3), b.flatten(0, -3)).view(*a.shape[:-1], -1)[..., :columns]
+
+
+def _gives_float32(device: torch.device) -> bool:
+    """Of operands of 16 bits: on CUDA from torch 2.8. Elsewhere float32 multiplies the same rounded numbers."""
+    return device.type == "cuda" and "dtype" in torch.ops.aten.bmm.overloads()  # type: ignore[no-untyped-call]
+
+
+def _bmm(a: Tensor, b: Tensor) -> Tensor:
+    return torch.bmm(a, b, out_dtype=torch.float32)
+
+
+def _filled(x: Tensor, *, columns: int = 0, rows: int = 0) -> Tensor:
+    """With so many columns and rows of zeros more; `pad` would copy where there are none."""
+    return pad(x, (0, columns, 0, rows)) if columns or rows else x
 
 
 def _times(x: Tensor, factor: Tensor | None) -> Tensor:
