@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hhbench import native
 from hhbench.chunkwise import Chunks, Mapped
+from hhbench.contracts import without_autocast
 from hhbench.linear_sum import Sums, finite
 from hhbench.scratch import scratch
 
@@ -298,6 +299,11 @@ class _Causal(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_sums: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        with without_autocast(d_out.device):  # as the forward pass was
+            return _Causal._gradients(ctx, d_out, d_sums)
+
+    @staticmethod
+    def _gradients(ctx: Any, d_out: Tensor, d_sums: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lost, normalisers, *params = ctx.saved_tensors
         outputs = _Outputs(out, lost, normalisers)
         job: Job = ctx.job
@@ -369,6 +375,11 @@ class _Bidirectional(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        with without_autocast(d_out.device):  # as the forward pass was
+            return _Bidirectional._gradients(ctx, d_out)
+
+    @staticmethod
+    def _gradients(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lost, normalisers, *params = ctx.saved_tensors
         outputs = _Outputs(out, lost, normalisers)
         job: Job = ctx.job

@@ -18,13 +18,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hhbench.errors import in_one_line
-from hhbench.linear_sum import Keys, Sums, divide, quadratic
+from hhbench.linear_sum import Keys, Sums, divide, empty_sums, quadratic
 
 log = logging.getLogger("hhbench")
 
 ASKED = "HHBENCH_FLA"
 NAME = "flash-linear-attention"
 _WIDTH = 16  # columns of the values come in multiples of it, as their tiles do
+_TRIED = 1024  # tokens, of eight heads
 _AGREEMENT = 0.005  # of the largest value: above the rounding of TF32, far below any mistake
 
 
@@ -42,18 +43,32 @@ def installed() -> bool:
 
 @functools.cache
 def agrees(device: torch.device, feature_dim: int, value_dim: int) -> bool:
-    """Whether they give the sum and its gradients here. A warning says it where they don't, or fail."""
+    """Whether they give the sum, its state and its gradients here. A warning says it where they don't, or fail.
+
+    In two pieces of a sequence, with padded keys; of a size at which it matters how they are tiled, as Triton tries
+    that out now.
+    """
+    log.info("trying %s's kernels for features of %d, which may take some minutes once", NAME, feature_dim)
     generator = torch.Generator().manual_seed(0)
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            widths = feature_dim, feature_dim, value_dim, value_dim
-            *numbers, cotangent = (torch.randn(1, 2, 200, w, generator=generator).to(device) for w in widths)
-            q, k, v = given = [x.requires_grad_() for x in (numbers[0].abs(), numbers[1].abs(), numbers[2])]
-            out, _ = causal(q, k, v, None, need_sums=False)
-            q, k, v = exact = [x.detach().double().requires_grad_() for x in given]
-            truth = quadratic(q, Keys(k, v, None), causal=True)
-            found = [out, *torch.autograd.grad(out, given, cotangent)]
-            expected = [truth, *torch.autograd.grad(truth, exact, cotangent.double())]
+            q, k, v, cotangent = (
+                torch.randn(1, 8, _TRIED, width, generator=generator, device="cpu").to(device)
+                for width in (feature_dim, feature_dim, value_dim, value_dim)
+            )
+            k[:, :, ::7], v[:, :, ::7] = 0.0, 0.0
+            given = [x.requires_grad_() for x in (q.abs(), k.abs(), v)]
+            first, second = (slice(0, _TRIED // 3), slice(_TRIED // 3, None))
+            (q1, k1, v1), (q2, k2, v2) = ([x[:, :, piece] for x in given] for piece in (first, second))
+            early, state = causal(q1, k1, v1, None, need_sums=True)
+            late, state = causal(q2, k2, v2, state, need_sums=True)
+            assert state is not None
+            exact = [x.detach().double().requires_grad_() for x in given]
+            keys = Keys(exact[1], exact[2], None)
+            truth, end = quadratic(exact[0], keys, causal=True), empty_sums(keys).add(keys)
+            out = torch.cat([early, late], 2)
+            found = [out, state.values, state.keys, *torch.autograd.grad(out, given, cotangent)]
+            expected = [truth, end.values, end.keys, *torch.autograd.grad(truth, exact, cotangent.double())]
     except Exception as error:  # whatever another library's kernels do on a GPU that they weren't tried on
         problem = f"fail here ({in_one_line(error)})"
     else:

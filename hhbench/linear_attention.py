@@ -1,10 +1,12 @@
 """Linear attention as a module: feature maps, and around the sum groups of heads, padding, positions and state.
 
-It picks the form: of `hhbench.linear_sum`, of `hhbench.blockwise`, or what a feature map computes on its own.
+It picks the form: of `hhbench.linear_sum`, of `hhbench.blockwise`, of `hhbench.flash_linear`, or what a feature map
+computes on its own.
 """
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
@@ -90,6 +92,8 @@ class LinearAttention(Attention):
         else:  # a random map starts alike for both: two draws would know nothing of q.k
             self.key_map = copy.deepcopy(self.query_map)
         self.register_buffer("floored_rows", torch.zeros((), dtype=torch.int64), persistent=False)
+        self._draws = False  # random numbers, while training: found out at the first pass
+        self._scales_keys: bool | None = None  # whether keys have log scales, once that was asked for
 
     def forward(  # type: ignore[override]  # a state goes in and comes out on request
         self,
@@ -274,12 +278,13 @@ class LinearAttention(Attention):
         if self.training:
             self.query_map.begin_pass()
         by_token = form == "recurrent" or (form == "auto" and causal and N == 1)
-        chunks, size = self._cut(q)
+        chunks, size = self._order(q)
         if form == "auto" and causal and 1 < N <= chunks.by_pairs and sums is None:
             form = "quadratic"
         by_blocks = not by_token and form != "quadratic" and q.device.type != "meta"
+        by_blocks = by_blocks and not (self.training and self._draws)
         if by_blocks and not torch.compiler.is_compiling():  # which can't follow buffers that outlive a call
-            drawn = _random_state(q.device) if self.training else None
+            drawn = _random_states(q.device) if self.training else []
             job = Job(
                 maps=self,
                 num_heads=self.shape.num_heads,
@@ -296,9 +301,11 @@ class LinearAttention(Attention):
             if form == "auto" and causal and self._by_flash_linear(q, k, v, positions):
                 return self._flash_linear(job, q, k, v, sums, need_sums=need_sums)
             found = self._blockwise(job, q, k, v, sums, learned, need_sums=need_sums)
-            if drawn is None or torch.equal(drawn, _random_state(q.device)):
+            if not drawn or all(map(torch.equal, drawn, _random_states(q.device))):
                 return found
             # A map that draws random numbers would draw others when it is run again for its gradient.
+            self._draws = True
+            del found
         queries, keys = self._mapped(q, k, v, key_mask, positions)
         sums = self._grouped(sums)
         if by_token:
@@ -317,15 +324,15 @@ class LinearAttention(Attention):
             sums = (sums or empty_sums(keys)).add(keys) if need_sums else None
         return out.reshape(*q.shape[:3], v.shape[3]).to(q.dtype), self._ungrouped(sums)
 
-    def _cut(self, q: Tensor) -> tuple[Chunks, Size]:
-        """How the device wants the sum cut. Tensor cores get bfloat16 where that is what the inputs are.
+    def _order(self, q: Tensor) -> tuple[Chunks, Size]:
+        """How the device wants the sum. Tensor cores get bfloat16 where that is what the inputs are.
 
         Not float16, whose range the sums leave and whose precision bfloat16 would lose; nor signed features, which
         cancel.
         """
-        if not at_once(q.device):
+        if not wants_large_products(q.device):
             return OneByOne(), CACHED
-        rounded = q.dtype == torch.bfloat16 and not self.query_map.signed
+        rounded = q.dtype == torch.bfloat16 and not self.query_map.signed and has_tensor_cores(q.device)
         return AtOnce(torch.bfloat16 if rounded else None), LARGE
 
     def _blockwise(
@@ -352,11 +359,13 @@ class LinearAttention(Attention):
         """Whether another library's kernels sum these: see `flash_linear`. They know no log scales; one key shows."""
         if self.query_map.signed or not flash_linear.wanted(q):
             return False
-        key = k[:1, :, :1].to(sum_dtype(k))
-        with torch.no_grad():
-            key = key if self.share_kv_heads else repeat_heads(key, self.shape.num_heads)
-            _, log_scale = self.key_map.map_keys(key, positions=positions[:1, :1], key_mask=None)
-        return log_scale is None and flash_linear.agrees(q.device, self.key_map.feature_dim, v.shape[3])
+        if self._scales_keys is None:
+            key = k[:1, :, :1].to(sum_dtype(k))
+            with torch.no_grad():
+                key = key if self.share_kv_heads else repeat_heads(key, self.shape.num_heads)
+                _, log_scale = self.key_map.map_keys(key, positions=positions[:1, :1], key_mask=None)
+            self._scales_keys = log_scale is not None
+        return not self._scales_keys and flash_linear.agrees(q.device, self.key_map.feature_dim, v.shape[3])
 
     def _flash_linear(
         self, job: Job, q: Tensor, k: Tensor, v: Tensor, sums: Sums | None, *, need_sums: bool
@@ -440,13 +449,23 @@ class LinearAttention(Attention):
         return Sums(sums.values.squeeze(2), sums.keys.squeeze(2), sums.log_max.squeeze(2))
 
 
-def at_once(device: torch.device) -> bool:
-    """Whether a device wants all chunks of a block at once."""
+def wants_large_products(device: torch.device) -> bool:
+    """Whether a device is slow at many small products, and has room for large ones."""
     return device.type != "cpu"
 
 
-def _random_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+@functools.cache
+def has_tensor_cores(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 faster than float32, and adds up in float32."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    """Of the generators that a map on this device might draw from."""
+    states = [torch.get_rng_state()]
+    if device.type != "cpu":
+        states.append(torch.get_device_module(device).get_rng_state())
+    return states
 
 
 def shape_for_keys(shape: MixerShape) -> MixerShape:

@@ -127,8 +127,8 @@ def chunked(queries: Tensor, keys: Keys, sums: Sums | None, *, chunk_size: int =
     """The causal sum, quadratic within a chunk and by running sums across chunks: O(N) time and memory.
 
     In plain operations, which autograd and torch.compile follow: for compiled models, and maps that draw random
-    numbers. Everything else takes `hhbench.blockwise`. Where keys have log scales, one chunk after the other: their
-    running maximum is not known before.
+    numbers; others have `hhbench.blockwise`. Where keys have log scales, one chunk after the other: their running
+    maximum is not known before.
     """
     if keys.log_scale is not None:
         return _chunk_by_chunk(queries, keys, sums, chunk_size)

@@ -157,7 +157,7 @@ def loader(split: Split, data: TaskData, config: RunConfig, *, train: bool, seed
         counts = pairs[0][0] >= 0
         return batch | {"index": torch.tensor([index for index, _ in pairs]), "counts": counts}
 
-    workers = usual_workers(split, config) if config.workers is None else config.workers
+    workers = min(usual_workers(split, config), len(batches)) if config.workers is None else config.workers
     return DataLoader(
         _Indexed(split, batches),  # type: ignore[arg-type]
         batch_sampler=batches,
@@ -172,13 +172,16 @@ def loader(split: Split, data: TaskData, config: RunConfig, *, train: bool, seed
 
 
 def usual_workers(split: Split, config: RunConfig) -> int:
-    """Processes that load a split unless the user says how many. On a CPU they would take the model's own cores."""
-    if not split.costly or not _on_cuda(config):
+    """Processes that load a split unless the user says how many.
+
+    On a CPU they would take the model's own cores, and elsewhere than on Linux they can't be forked.
+    """
+    if sys.platform != "linux" or not split.costly or not _on_cuda(config):
         return 0
-    cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    # A cluster gives each rank CPUs of its own; elsewhere a machine's ranks share them.
-    sharing = 1 if "SLURM_CPUS_PER_TASK" in os.environ else config.devices
-    return min(MOST_WORKERS, max(1, cpus // sharing))
+    # srun gives each rank CPUs of its own; ranks that torchrun starts share their machine's, or their job's.
+    launch = launched()
+    sharing = 1 if launch.by == "Slurm" and not launch.alone else config.devices
+    return min(MOST_WORKERS, max(1, len(os.sched_getaffinity(0)) // sharing))
 
 
 def _start_loading(worker: int) -> None:

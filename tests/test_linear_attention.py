@@ -1,6 +1,6 @@
 """One sum in three forms, equal to each other and to the definition; gradients and O(N) memory too.
 
-All of it once as a CPU sums, and once as an accelerator does, on this CPU in blocks of 256 tokens.
+All of it once as a CPU sums, and once as an accelerator does, on this CPU in blocks of 512 tokens.
 """
 
 import math
@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hhbench import linear_attention
+from hhbench import chunkwise, linear_attention
 from hhbench.attention import FeatureMap, MixerShape, build_attention
 from hhbench.blockwise import Size
 from hhbench.errors import UsageError
@@ -26,8 +26,9 @@ def at_once(request: pytest.FixtureRequest):
     """Whether all chunks of a block are summed at once."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "accelerator":
-            patch.setattr(linear_attention, "at_once", lambda _: True)
-            patch.setattr(linear_attention, "LARGE", Size(256, 4 * 256 * 5))
+            patch.setattr(linear_attention, "wants_large_products", lambda _: True)
+            patch.setattr(linear_attention, "has_tensor_cores", lambda _: True)
+            patch.setattr(linear_attention, "LARGE", Size(512, 4 * 512 * 32))
         yield request.param == "accelerator"
 
 
@@ -210,7 +211,7 @@ def test_three_forms_are_the_definition(make_map, share_kv_heads, seed, B, G, gr
 @pytest.mark.parametrize("make_map", [Plain, Scaled])
 @given(seed=st.integers(0, 10**6), N=LENGTHS, mask=st.sampled_from(MASKS), size=st.sampled_from([1, 16, CHUNK]))
 @settings(max_examples=15)
-def test_the_chunks_of_an_accelerator_are_those_of_a_cpu(make_map, share_kv_heads, seed, N, mask, size):
+def test_the_chunks_of_plain_operations_are_those_of_blocks(make_map, share_kv_heads, seed, N, mask, size):
     drawn = Setting(make_map, seed, B=2, G=2, group=2, N=N, D=3, E=2, mask=mask, share_kv_heads=share_kv_heads)
     module, (q, k, v) = drawn.module, drawn.inputs
     positions = module._positions(k, drawn.key_mask, None)
@@ -673,3 +674,63 @@ def test_what_sums_of_16_bits_lose_is_given_back(at_once, make_shape):
         truth = attention.double()(*(x.double() for x in inputs), form="quadratic")[..., -512:, :]
     nearest = distance(truth.bfloat16(), truth)
     assert distance(out, truth) < (1.35 * nearest if at_once else 1.01 * nearest)
+
+
+@pytest.mark.parametrize("name", ["elu", "hedgehog", "exp"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+def test_late_gradients_of_bfloat16_are_no_rounding_noise(name, causal, make_shape):
+    """What a late query receives is a small difference of large numbers, the larger the further values are from 0."""
+    torch.manual_seed(0)
+    attention = build_attention(name, make_shape(dim=16, num_heads=1, head_dim=16, causal=causal, max_len=2048))
+    q, k, v, cotangent = torch.randn(4, 1, 1, 2048, 16).bfloat16()
+    inputs = [x.requires_grad_() for x in (q, k, v + 3)]
+    found = torch.autograd.grad(attention(*inputs), inputs, cotangent)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    expected = torch.autograd.grad(attention.double()(*exact, form="quadratic"), exact, cotangent.double())
+    for x, y in zip(found, expected, strict=True):
+        late, true = x[..., -256:, :].double(), y[..., -256:, :]
+        assert (late - true).norm() < 0.01 * true.norm()
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+def test_a_backward_pass_under_autocast_is_that_without(causal, make_shape):
+    attention = build_attention("hedgehog", make_shape(causal=causal, max_len=300))
+    inputs = [torch.randn(2, 2, 300, 4, requires_grad=True) for _ in range(3)]
+    leaves = [*inputs, *attention.parameters()]
+    expected = torch.autograd.grad(attention(*inputs).square().sum(), leaves)
+    out = attention(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(out.square().sum(), leaves)
+    assert all(map(torch.equal, found, expected))
+
+
+def test_a_map_that_draws_is_known_to_after_the_first_pass(at_once):
+    drawn = Setting(Dropped, 0, B=2, G=1, group=2, N=300, D=3, E=2)
+    blocks = "chunks at once" if at_once else "blocks"
+    for expected in ([blocks, "chunks"], ["chunks"]):
+        with kernels() as ran:
+            drawn.module(*drawn.inputs)
+        assert list(ran) == expected
+
+
+@given(
+    lead=st.lists(st.integers(1, 3), min_size=1, max_size=2),
+    n=st.integers(1, 20),
+    inner=st.integers(1, 20),
+    m=st.integers(1, 20),
+)
+@settings(max_examples=30)
+def test_operands_of_16_bits_reach_the_tensor_cores_in_whole_16_bytes(lead, n, inner, m):
+    """CUDA's product, imitated: what it is given, and that what comes back is the product."""
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        assert a.dtype == b.dtype == torch.bfloat16 and a.ndim == b.ndim == 3
+        assert a.shape[2] % 8 == b.shape[2] % 8 == 0
+        return a.float() @ b.float()
+
+    a, b = torch.randn(*lead, n, inner).bfloat16(), torch.randn(*lead, m, inner).bfloat16().mT
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunkwise, "_gives_float32", lambda _: True)
+        patch.setattr(chunkwise, "_bmm", product)
+        found = chunkwise._float32_product(a, b)
+    torch.testing.assert_close(found, a.float() @ b.float())

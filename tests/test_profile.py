@@ -196,6 +196,13 @@ def test_a_call_is_watched():
     assert [name for name in found.kernels if "flash" in name]
 
 
+def test_a_product_whose_type_is_named_counts_like_any():
+    """As torch's counter calls it, by position."""
+    (count,) = [clock._COUNTED[torch.ops.aten.bmm]]
+    assert count((3, 5, 7), (3, 7, 11)) == count((3, 5, 7), (3, 7, 11), torch.float32, out_shape=(3, 5, 11))
+    assert count((3, 5, 7), (3, 7, 11)) == 2 * 3 * 5 * 7 * 11
+
+
 def test_a_module_that_recomputes_without_gradients_is_watched():
     """A custom backward pass calls a module on leaves under no_grad, where a record of modules would fail."""
     map_ = torch.nn.Linear(8, 8)

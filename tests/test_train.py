@@ -30,6 +30,7 @@ from hhbench import hosts, progress, train
 from hhbench.attention import OptimizerSettings
 from hhbench.distill import TransferLoss, intercepted
 from hhbench.errors import HHBenchError, UsageError
+from hhbench.ranks import Launch
 from hhbench.task import Batch, Split, StepOutput
 from hhbench.train import Batches, TransferStage, evaluate, loader, parameter_groups
 
@@ -173,7 +174,7 @@ def test_a_batch_that_devices_can_t_share_is_refused(batch_size, devices, nodes)
     [
         (True, True, 8, 1, False, 8),
         (True, True, 8, 4, False, 2),
-        (True, True, 8, 4, True, 8),  # its CPUs are this rank's own
+        (True, True, 8, 4, True, 8),  # srun gave this rank CPUs of its own
         (True, True, 128, 2, False, 16),
         (True, True, 2, 4, False, 1),
         (True, False, 8, 1, False, 0),  # a CPU's cores are the model's
@@ -185,18 +186,17 @@ def test_images_for_a_gpu_are_read_by_its_share_of_the_cpus(
 ):
     monkeypatch.setattr(train, "_on_cuda", lambda _: on_gpu)
     monkeypatch.setattr(train.os, "sched_getaffinity", lambda _: set(range(cpus)))
-    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
-    if cluster:
-        monkeypatch.setenv("SLURM_CPUS_PER_TASK", str(cpus))
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", str(cpus))  # of a job: its ranks may share them
+    launch = Launch("Slurm", devices, 0, 0) if cluster else Launch("torchrun", devices, 0, 0)
+    monkeypatch.setattr(train, "launched", lambda: launch)
     split = Split([], [], costly=costly)
     assert train.usual_workers(split, make_config(devices=devices)) == expected
 
 
-def test_who_says_how_many_processes_load_data_gets_them():
-    stand = Stand(workers=2)
-    assert stand.batches().num_workers == 2
-    stand = Stand()
-    assert stand.batches().num_workers == 0
+def test_who_says_how_many_processes_load_data_gets_them(monkeypatch):
+    monkeypatch.setattr(train, "usual_workers", lambda split, config: 16)
+    for workers, expected in ((0, 0), (2, 2), (None, 5)):  # five batches have no use for more
+        assert Stand(workers=workers, train_examples=20, batch_size=4).batches().num_workers == expected
 
 
 # --- how a stage optimises ---

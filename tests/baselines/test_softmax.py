@@ -1,12 +1,16 @@
 """Softmax: torch's own, with the scale of the shape."""
 
 import dataclasses
+import importlib.machinery
+import sys
+import types
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from hhbench.attention import build_attention, repeat_heads
+from hhbench.baselines import softmax
 from hhbench.kernels import kernels
 
 
@@ -75,8 +79,13 @@ def test_one_token_over_a_cache_copies_nothing(num_heads, make_shape):
     """Keys and values go to torch as they are, without a mask, and what ran is said."""
     module = build_attention("softmax", make_shape(num_heads=num_heads, num_kv_heads=2)).eval()
     q, cache = torch.randn(1, num_heads, 1, 4), torch.randn(2, 1, 2, 300, 4)
-    with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile, kernels() as seen:
-        module(q, *cache)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # each has a buffer
+    try:
+        with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile, kernels() as seen:
+            module(q, *cache)
+    finally:
+        torch.set_num_threads(threads)
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     assert 0 <= largest < cache[0].numel() * 4
     assert seen == {"sdpa": 1}
@@ -92,3 +101,52 @@ def test_grouped_heads_are_repeated_ones(num_queries, padded, shape, inputs):
     expected = whole(q, repeat_heads(k, 4), repeat_heads(v, 4), key_mask=key_mask)[:, :, -num_queries:]
     found = module(q[:, :, -num_queries:], k, v, key_mask=key_mask)
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+
+
+@pytest.fixture
+def flash_attn(monkeypatch):
+    """A stand-in for the package, by torch's softmax: calls in its layout are noted; `fails` makes them fail."""
+
+    class Package(types.ModuleType):
+        calls = 0
+        fails = False
+
+        def flash_attn_func(self, q, k, v, dropout, *, softmax_scale, causal):
+            self.calls += 1
+            if self.fails:
+                raise RuntimeError("no kernel image\nfor this GPU")
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            out = scaled_dot_product_attention(
+                q, k, v, dropout_p=dropout, scale=softmax_scale, is_causal=causal, enable_gqa=True
+            )
+            return out.transpose(1, 2)
+
+    package = Package("flash_attn")
+    package.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    softmax._flash_attn_works.cache_clear()
+    yield package
+    softmax._flash_attn_works.cache_clear()
+
+
+def test_flash_attn_is_called_in_its_layout(shape, inputs, flash_attn, monkeypatch):
+    expected = build_attention("softmax", shape)(*inputs)
+    monkeypatch.setattr(softmax, "flash_attn_serves", lambda q, v: True)
+    with kernels() as ran:
+        found = build_attention("softmax", shape)(*inputs)
+    assert list(ran) == ["flash-attn"]
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    with kernels() as ran:  # it knows no mask of keys
+        build_attention("softmax", shape)(*inputs, key_mask=torch.ones(2, 6, dtype=torch.bool))
+    assert list(ran) == ["sdpa"]
+
+
+def test_flash_attn_is_tried_once_and_left_out_where_it_fails(flash_attn, caplog):
+    asked = torch.device("cpu"), torch.float32, 4, 3
+    assert softmax._flash_attn_works(*asked)
+    softmax._flash_attn_works.cache_clear()
+    flash_attn.fails, flash_attn.calls = True, 0
+    assert [softmax._flash_attn_works(*asked) for _ in range(2)] == [False, False]
+    assert flash_attn.calls == 1
+    assert "flash-attn fails here (RuntimeError: no kernel image for this GPU)" in caplog.text
+    assert not softmax.flash_attn_serves(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 4)), "a CPU's tensors"
