@@ -841,3 +841,29 @@ def hash_files(paths: Iterable[Path]) -> str:
             except OSError as error:
                 raise DataError(f"{file} can't be read: {error.strerror}") from error
     return hash_text(json.dumps(sorted(rows)))
+
+
+def remembered_hash(paths: Sequence[Path]) -> str:
+    """`hash_files` of files that are too many, or too large, to be read before each run: ImageNet's are 150 GB.
+
+    They are read once, and again where one's place, size or time of change is another.
+
+    Raises:
+        DataError: one of them is missing or can't be read.
+    """
+    known, size = [], 0
+    for path in paths:
+        try:
+            found = path.stat()
+        except OSError as error:
+            raise DataError(f"{path} can't be read: {error.strerror}") from error
+        known.append([str(path.absolute()), found.st_size, found.st_mtime_ns])
+        size += found.st_size
+
+    def read() -> str:
+        log.info(
+            "reading %s files (%.1f GB) once, for the hash by which results know them", f"{len(paths):,}", size / 1e9
+        )
+        return hash_files(paths)
+
+    return cached_text(f"hash-{hash_text(json.dumps(known))}.txt", read)

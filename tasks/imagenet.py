@@ -21,7 +21,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from hhbench import data, models, pretrained
 from hhbench.config import RunConfig
-from hhbench.data import PackageFile, hash_bytes, hash_files, hub_table
+from hhbench.data import PackageFile, hash_bytes, hub_table, remembered_hash
 from hhbench.errors import DataError, UsageError
 from hhbench.task import Batch, Dataset, Example, Split, StepOutput, Task, TaskData, register_task
 
@@ -377,7 +377,7 @@ def _folder(path: Path) -> tuple[Any, Any, int, dict[str, str]]:
             f"{path}: train has the classes {train.classes[:5]} ..., {test.name} has {held.classes[:5]} ..."
         )
     files = [Path(file) for file, _ in (*train.samples, *held.samples)]
-    return train, held, len(train.classes), {path.name: hash_files(files)}
+    return train, held, len(train.classes), {path.name: remembered_hash(files)}
 
 
 class _ArrayRows:

@@ -16,7 +16,7 @@ from transformers import AutoModel
 
 from hhbench import models, pretrained
 from hhbench.config import RunConfig
-from hhbench.data import PackageFile, hash_files, image_files
+from hhbench.data import PackageFile, image_files, remembered_hash
 from hhbench.errors import DataError, HHBenchError, UsageError
 from hhbench.task import Batch, Dataset, Example, Split, Task, TaskData, key_mask_of, padded, register_task
 from hhbench.tasks import imagenet, lm
@@ -169,6 +169,6 @@ def _images(config: RunConfig, paths: Sequence[Path]) -> TaskData:
         validation=split(order[held : 2 * held], inputs.test, config.test_examples),
         tests={"test": split(order[:held], inputs.test, config.test_examples)},
         collate=imagenet.Collate(inputs.num_tokens, inputs.name, inputs.extra),
-        hashes={Path(str(config.dataset)).name: hash_files(paths)},
+        hashes={Path(str(config.dataset)).name: remembered_hash(paths)},
         facts={"processor": inputs.processor, "transforms": inputs.transforms},
     )

@@ -922,3 +922,21 @@ def test_hashes(tmp_path):
     assert data.hash_files([one]) != before
     with pytest.raises(DataError, match=r"nothing\.csv can't be read"):
         data.hash_files([tmp_path / "nothing.csv"])
+
+
+def test_the_hash_of_many_files_is_read_again_only_where_one_changed(tmp_path, monkeypatch):
+    monkeypatch.setenv("HHBENCH_CACHE", str(tmp_path / "cache"))
+    files = [tmp_path / name for name in ("a.png", "b.png")]
+    for file in files:
+        file.write_bytes(b"one")
+    read = []
+    hash_files = data.hash_files
+    monkeypatch.setattr(data, "hash_files", lambda paths: read.append(len(paths)) or hash_files(paths))
+    first = data.remembered_hash(files)
+    assert (first, data.remembered_hash(files), read) == (hash_files(files), first, [2])
+    files[1].write_bytes(b"other")
+    second = data.remembered_hash(files)
+    assert (second, read) == (hash_files(files), [2, 2]) and second != first
+    files[1].unlink()
+    with pytest.raises(DataError, match=r"b\.png can't be read"):
+        data.remembered_hash(files)

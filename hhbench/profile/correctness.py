@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from hhbench.attention import Attention, MixerShape, SequenceMixer
 from hhbench.errors import HHBenchError, in_one_line
 
-LENGTH = 288  # tokens: beyond one block, and one chunk, of the forms that carry sums from one to the next
+LENGTH = 288  # tokens: beyond a CPU's block, and two chunks of an accelerator, between which sums are carried
 OF_MIXERS = 160  # their definitions hold the width of the model for each pair of tokens
 # How far from float64 an output may be, as a part of its largest value; gradients four times as far.
 BOUNDS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
