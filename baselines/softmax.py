@@ -18,7 +18,7 @@ from hhbench.attention import (
     zero_padding,
 )
 from hhbench.errors import in_one_line
-from hhbench.kernels import ran
+from hhbench.kernels import ran, trial
 from hhbench.window import num_pairs
 
 log = logging.getLogger("hhbench")
@@ -100,19 +100,24 @@ class Softmax(Attention):
 
 
 def flash_attn_serves(q: Tensor, v: Tensor) -> bool:
-    """Whether flash-attn is there for tensors like these."""
-    half = q.dtype in (torch.float16, torch.bfloat16)
-    return q.is_cuda and half and _flash_attn_works(q.device, q.dtype, q.shape[3], v.shape[3])
+    """Whether flash-attn is there for tensors like these. A compiled model has SDPA's kernels."""
+    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16) or torch.compiler.is_compiling():
+        return False
+    return _flash_attn_works(q.device, q.dtype, q.shape[3], v.shape[3])
 
 
 @functools.cache
 def _flash_attn_works(device: torch.device, dtype: torch.dtype, width: int, value_width: int) -> bool:
-    """Tried once, on one token: it may be built for another torch, and not for this GPU or these widths."""
+    """Tried once, on one token, gradients too: it may be built for another torch, or not for these widths."""
     if find_spec("flash_attn") is None:
         return False
-    q, v = (torch.zeros(1, 1, 1, size, device=device, dtype=dtype) for size in (width, value_width))
     try:
-        _flash_attn(q, q, v, 0.0, softmax_scale=1.0, causal=True)
+        with trial():
+            q, v = (
+                torch.zeros(1, 1, 1, size, device=device, dtype=dtype, requires_grad=True)
+                for size in (width, value_width)
+            )
+            torch.autograd.grad(_flash_attn(q, q, v, 0.0, softmax_scale=1.0, causal=True).sum(), (q, v))
     except Exception as error:  # whatever its build or its checks come to
         log.warning("flash-attn fails here (%s): softmax takes torch's SDPA", in_one_line(error))
         return False

@@ -1,8 +1,8 @@
 """The linear sum a block of tokens at a time, with a backward pass of its own.
 
-Nothing as long as the sequence is kept but inputs, outputs, normalisers and a pair of sums for each block; the backward
-pass computes the rest again, and the features with autograd, so that any feature map works. The forms of
-`hhbench.linear_sum` are the truth for it: outputs and gradients are theirs to rounding.
+Nothing as long as the sequence is kept but inputs, outputs, what outputs of 16 bits lost, normalisers and a pair of
+sums for each block. The backward pass computes the rest again, and the features with autograd, so that any feature map
+works. The forms of `hhbench.linear_sum` are the truth for it: outputs and gradients are theirs to rounding.
 
 A block is mapped at once and summed in chunks, by `hhbench.chunkwise`. On a CPU a block's features, sums and outputs
 stay in the cache; on an accelerator blocks are large, and only bound the memory.

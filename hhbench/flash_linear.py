@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hhbench.errors import in_one_line
+from hhbench.kernels import trial
 from hhbench.linear_sum import Keys, Sums, divide, empty_sums, quadratic
 
 log = logging.getLogger("hhbench")
@@ -25,6 +26,7 @@ log = logging.getLogger("hhbench")
 ASKED = "HHBENCH_FLA"
 NAME = "flash-linear-attention"
 _WIDTH = 16  # columns of the values come in multiples of it, as their tiles do
+_agreed: dict[tuple[torch.device, int, int], bool] = {}
 _TRIED = 1024  # tokens, of eight heads
 _AGREEMENT = 0.005  # of the largest value: above the rounding of TF32, far below any mistake
 
@@ -41,9 +43,19 @@ def installed() -> bool:
     return importlib.util.find_spec("fla") is not None
 
 
-@functools.cache
 def agrees(device: torch.device, feature_dim: int, value_dim: int) -> bool:
-    """Whether they give the sum, its state and its gradients here. A warning says it where they don't, or fail.
+    """Whether they give the sum, its state and its gradients here. A warning says it where they don't, or fail."""
+    place = device, feature_dim, value_dim
+    if place not in _agreed:
+        try:
+            _agreed[place] = _try(*place)
+        except torch.OutOfMemoryError:  # there may be room another time
+            return False
+    return _agreed[place]
+
+
+def _try(device: torch.device, feature_dim: int, value_dim: int) -> bool:
+    """See `agrees`.
 
     In two pieces of a sequence, with padded keys; of a size at which it matters how they are tiled, as Triton tries
     that out now.
@@ -51,7 +63,7 @@ def agrees(device: torch.device, feature_dim: int, value_dim: int) -> bool:
     log.info("trying %s's kernels for features of %d, which may take some minutes once", NAME, feature_dim)
     generator = torch.Generator().manual_seed(0)
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with trial():
             q, k, v, cotangent = (
                 torch.randn(1, 8, _TRIED, width, generator=generator, device="cpu").to(device)
                 for width in (feature_dim, feature_dim, value_dim, value_dim)
@@ -69,6 +81,8 @@ def agrees(device: torch.device, feature_dim: int, value_dim: int) -> bool:
             out = torch.cat([early, late], 2)
             found = [out, state.values, state.keys, *torch.autograd.grad(out, given, cotangent)]
             expected = [truth, end.values, end.keys, *torch.autograd.grad(truth, exact, cotangent.double())]
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever another library's kernels do on a GPU that they weren't tried on
         problem = f"fail here ({in_one_line(error)})"
     else:

@@ -65,7 +65,7 @@ class LinearAttention(Attention):
 
     Attributes:
         floored_rows: query and key rows whose features all lay at or below FLOOR, counted in evaluation mode, but
-            for tokens that are decoded: such a query attends evenly, such a key is hardly seen.
+            for tokens that are decoded without a mask: such a query attends evenly, such a key is hardly seen.
     """
 
     has_state = True
@@ -92,8 +92,9 @@ class LinearAttention(Attention):
         else:  # a random map starts alike for both: two draws would know nothing of q.k
             self.key_map = copy.deepcopy(self.query_map)
         self.register_buffer("floored_rows", torch.zeros((), dtype=torch.int64), persistent=False)
-        self._draws = False  # random numbers, while training: found out at the first pass
-        self._scales_keys: bool | None = None  # whether keys have log scales, once that was asked for
+        # What maps don't state, found out when it first matters:
+        self._draws: bool | None = None  # random numbers, while training
+        self._scales_keys: bool | None = None  # log scales
 
     def forward(  # type: ignore[override]  # a state goes in and comes out on request
         self,
@@ -278,13 +279,15 @@ class LinearAttention(Attention):
         if self.training:
             self.query_map.begin_pass()
         by_token = form == "recurrent" or (form == "auto" and causal and N == 1)
+        if self.training and self._draws is None:
+            self._draws = self._map_draws(q, k, positions)
         chunks, size = self._order(q)
         if form == "auto" and causal and 1 < N <= chunks.by_pairs and sums is None:
             form = "quadratic"
         by_blocks = not by_token and form != "quadratic" and q.device.type != "meta"
+        # A map that draws random numbers would draw others when it is run again for its gradient.
         by_blocks = by_blocks and not (self.training and self._draws)
         if by_blocks and not torch.compiler.is_compiling():  # which can't follow buffers that outlive a call
-            drawn = _random_states(q.device) if self.training else []
             job = Job(
                 maps=self,
                 num_heads=self.shape.num_heads,
@@ -300,12 +303,7 @@ class LinearAttention(Attention):
             learned = [p for p in self.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
             if form == "auto" and causal and self._by_flash_linear(q, k, v, positions):
                 return self._flash_linear(job, q, k, v, sums, need_sums=need_sums)
-            found = self._blockwise(job, q, k, v, sums, learned, need_sums=need_sums)
-            if not drawn or all(map(torch.equal, drawn, _random_states(q.device))):
-                return found
-            # A map that draws random numbers would draw others when it is run again for its gradient.
-            self._draws = True
-            del found
+            return self._blockwise(job, q, k, v, sums, learned, need_sums=need_sums)
         queries, keys = self._mapped(q, k, v, key_mask, positions)
         sums = self._grouped(sums)
         if by_token:
@@ -330,7 +328,7 @@ class LinearAttention(Attention):
         Not float16, whose range the sums leave and whose precision bfloat16 would lose; nor signed features, which
         cancel.
         """
-        if not wants_large_products(q.device):
+        if not wants_large_products(q.device) or torch.compiler.is_compiling():
             return OneByOne(), CACHED
         rounded = q.dtype == torch.bfloat16 and not self.query_map.signed and has_tensor_cores(q.device)
         return AtOnce(torch.bfloat16 if rounded else None), LARGE
@@ -355,16 +353,31 @@ class LinearAttention(Attention):
         out, sums = blockwise.causal(job, q, k, v, self._per_head(sums), learned, need_sums=need_sums)
         return out, self._per_group(sums)
 
+    def _map_draws(self, q: Tensor, k: Tensor, positions: Tensor) -> bool:
+        """Whether a map draws random numbers, which one token shows. The generators are put back."""
+        before = _random_states(q.device)
+        with torch.no_grad():
+            self.query_map.map_queries(q[:1, :, :1].to(sum_dtype(q)), positions=positions[:1, :1])
+        self._map_key(k, positions)
+        drew = not all(map(torch.equal, before, _random_states(q.device)))
+        if drew:
+            _set_random_states(q.device, before)
+        return drew
+
+    @torch.no_grad()
+    def _map_key(self, k: Tensor, positions: Tensor) -> Tensor | None:
+        """The log scale of one key, if keys have any."""
+        key = k[:1, :, :1].to(sum_dtype(k))
+        key = key if self.share_kv_heads else repeat_heads(key, self.shape.num_heads)
+        _, log_scale = self.key_map.map_keys(key, positions=positions[:1, :1], key_mask=None)
+        return log_scale
+
     def _by_flash_linear(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> bool:
         """Whether another library's kernels sum these: see `flash_linear`. They know no log scales; one key shows."""
         if self.query_map.signed or not flash_linear.wanted(q):
             return False
         if self._scales_keys is None:
-            key = k[:1, :, :1].to(sum_dtype(k))
-            with torch.no_grad():
-                key = key if self.share_kv_heads else repeat_heads(key, self.shape.num_heads)
-                _, log_scale = self.key_map.map_keys(key, positions=positions[:1, :1], key_mask=None)
-            self._scales_keys = log_scale is not None
+            self._scales_keys = self._map_key(k, positions) is not None
         return not self._scales_keys and flash_linear.agrees(q.device, self.key_map.feature_dim, v.shape[3])
 
     def _flash_linear(
@@ -456,16 +469,28 @@ def wants_large_products(device: torch.device) -> bool:
 
 @functools.cache
 def has_tensor_cores(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 faster than float32, and adds up in float32."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    """Whether a device multiplies bfloat16 faster than float32, and torch gives its sums in float32: 2.8 and later."""
+    named = "dtype" in torch.ops.aten.bmm.overloads()  # type: ignore[no-untyped-call]
+    return named and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _random_states(device: torch.device) -> list[Tensor]:
     """Of the generators that a map on this device might draw from."""
     states = [torch.get_rng_state()]
-    if device.type != "cpu":
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    elif device.type != "cpu":
         states.append(torch.get_device_module(device).get_rng_state())
     return states
+
+
+def _set_random_states(device: torch.device, states: list[Tensor]) -> None:
+    """Put back what `_random_states` gave."""
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
+    elif device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(states[1])
 
 
 def shape_for_keys(shape: MixerShape) -> MixerShape:

@@ -229,7 +229,7 @@ def crossover_row(name: str, what: str, lengths: Sequence[int], ratios: Sequence
     low, _, high = percentiles(found)
     note = "" if value else f"already faster at {lengths[0]:,}, the shortest tried"
     if beyond:
-        note = f"{beyond / len(draws):.0%} of the draws cross beyond {lengths[-1]:,}"
+        note = f"{beyond / len(draws):.0%} of the draws cross beyond {lengths[-1]:,}, and count as there"
     return replace(row, value=max(value, lengths[0]), low=low, high=high, note=note)
 
 
@@ -286,7 +286,7 @@ def finer(stated: Crossover, effort: Effort) -> Row:
     row = crossover_row(name, what, lengths, ratios)
     note = f"with 95 %: {said}; hhbench profile says {stated.said}: {'they agree' if agree else '**they differ**'}"
     details = row.details | {"ran": ran, "said": said, "profile": asdict(stated), "agree": agree}
-    return replace(row, note=note, details=details)
+    return replace(row, note="; ".join(filter(None, (note, row.note))), details=details)
 
 
 def memory(effort: Effort) -> list[Row]:

@@ -13,5 +13,5 @@ python scripts/gpu_checks.py "$@" || failed=$?
 plots=()
 if python -c "import matplotlib" 2> /dev/null; then plots=(--plots docs/results/gpu/plots); fi
 python -m hhbench profile --attn all --lengths 512:65536 --dtype bfloat16 --device cuda --budget 1200 \
-  --out docs/results/gpu "${plots[@]}" || failed=$?
+  --out docs/results/gpu ${plots[@]+"${plots[@]}"} || failed=$?
 exit "$failed"

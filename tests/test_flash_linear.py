@@ -126,10 +126,10 @@ def test_kernels_that_do_not_agree_with_the_definition_are_not_used(wrong, monke
 
     monkeypatch.setattr(flash_linear, "causal", causal)
     monkeypatch.setattr(flash_linear, "wanted", lambda q: True)
-    flash_linear.agrees.cache_clear()
+    flash_linear._agreed.clear()
     with caplog.at_level(logging.WARNING, "hhbench"):
         assert [kernels_of("relu") for _ in range(2)] == [{"blocks": 1}] * 2
-    flash_linear.agrees.cache_clear()
+    flash_linear._agreed.clear()
     assert len(caplog.messages) == 1, "said once"
     says = "differ from the definition by" if wrong == "differ" else "fail here (RuntimeError: no kernel image for this"
     assert says in caplog.text and "HHBENCH_FLA=0" in caplog.text

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -704,13 +705,25 @@ def test_a_backward_pass_under_autocast_is_that_without(causal, make_shape):
     assert all(map(torch.equal, found, expected))
 
 
-def test_a_map_that_draws_is_known_to_after_the_first_pass(at_once):
+def test_finding_out_that_a_map_draws_draws_nothing():
+    """As a run that goes on from a checkpoint finds it out again."""
     drawn = Setting(Dropped, 0, B=2, G=1, group=2, N=300, D=3, E=2)
-    blocks = "chunks at once" if at_once else "blocks"
-    for expected in ([blocks, "chunks"], ["chunks"]):
+    after = []
+    for _ in range(2):
+        torch.manual_seed(0)
         with kernels() as ran:
-            drawn.module(*drawn.inputs)
-        assert list(ran) == expected
+            out = drawn.module(*drawn.inputs)
+        assert list(ran) == ["chunks"]
+        after.append((out, torch.get_rng_state()))
+    assert all(map(torch.equal, *after))
+
+
+@pytest.mark.parametrize("make_map", [Plain, Dropped])
+def test_a_checkpointed_pass_takes_the_same_way_again(make_map):
+    drawn = Setting(make_map, 0, B=2, G=1, group=2, N=300, D=3, E=2)
+    out = torch.utils.checkpoint.checkpoint(drawn.module, *drawn.inputs, use_reentrant=False)
+    found = drawn.grads(out)
+    torch.testing.assert_close((found[2] * drawn.inputs[2]).sum(), (out * drawn.cotangent).sum())
 
 
 @given(

@@ -11,10 +11,11 @@ from hhbench.attention import MixerShape, build_attention
 from hhbench.cli import main
 from hhbench.errors import UsageError
 from hhbench.profile import clock, measure, record
-from hhbench.profile.clock import Clock, Moment, device_of, inspect
+from hhbench.profile.clock import Clock, Moment, Timed, device_of, inspect
 from hhbench.profile.correctness import complaint
 from hhbench.profile.measure import plan, profile
 from hhbench.profile.request import Request, labels_of, lengths_of
+from hhbench.profile.subjects import Workload
 from hhbench.task import TASKS
 
 OWN = """
@@ -157,6 +158,29 @@ def test_calls_take_turns():
     assert "".join(turns) == "abcabcbabc"  # after the warm-up; the second round goes backwards
 
 
+def test_a_crossover_is_looked_at_more_finely(monkeypatch):
+    """At three lengths between the two around it, by those that cross; tables don't hold them."""
+    cross = {8: 2.0, 16: 1.5, 32: 0.5, 64: 0.2}  # of softmax's time
+
+    def sample(self, run, repeats):
+        label, length = run()
+        ratio = 1.0 if label == "softmax" else cross.get(length, 1.2 if length < 24 else 0.9)
+        return Timed(ratio, ratio, False)
+
+    def workload(self, label, work, dtype, length):
+        return Workload(prepare=lambda: lambda: (label, length), tokens=length, flops=None, state_bytes=None)
+
+    monkeypatch.setattr(measure.LayerSubject, "workload", workload)
+    monkeypatch.setattr(Clock, "sample", sample)
+    found = profile(Request(attentions=("softmax", "elu"), lengths=(8, 16, 32, 64), modes=("prefill",), **SMALL))
+    between = [(cell.attention, cell.length, len(cell.rounds)) for cell in found.between]
+    assert between == [(label, n, 2) for n in (19, 23, 27) for label in ("elu", "softmax")]
+    assert {cell.length for cell in found.cells} == {8, 16, 32, 64}
+    (stated,) = found.crossovers
+    assert 23 < stated.length < 27, "doubling alone would say 22"
+    assert record.Profile.from_dict(json.loads(found.as_line())).between == found.between
+
+
 def test_slow_calls_are_in_few_rounds(monkeypatch):
     monkeypatch.setattr(clock, "SLOW", 0.0)
     calls = []
@@ -194,13 +218,6 @@ def test_a_call_is_watched():
     assert found.counted_flops == 2 * 512**3 + 2 * (2 * 2 * 32 * 32 * 8)
     assert 2 * 2**20 <= found.peak_bytes < 2.2 * 2**20
     assert [name for name in found.kernels if "flash" in name]
-
-
-def test_a_product_whose_type_is_named_counts_like_any():
-    """As torch's counter calls it, by position."""
-    (count,) = [clock._COUNTED[torch.ops.aten.bmm]]
-    assert count((3, 5, 7), (3, 7, 11)) == count((3, 5, 7), (3, 7, 11), torch.float32, out_shape=(3, 5, 11))
-    assert count((3, 5, 7), (3, 7, 11)) == 2 * 3 * 5 * 7 * 11
 
 
 def test_a_module_that_recomputes_without_gradients_is_watched():

@@ -30,7 +30,7 @@ def call(args: argparse.Namespace) -> int:
         ("devices", ", ".join(gpus) or ("Apple MPS" if torch.backends.mps.is_available() else "CPU"), ""),
         ("cpu threads", torch.get_num_threads(), "OMP_NUM_THREADS changes it"),
         ("flash-attn", _there("flash_attn"), "softmax on CUDA in half precision; torch's SDPA otherwise"),
-        ("flash-linear-attention", _there("fla"), "linear attention on CUDA in bfloat16; HHBENCH_FLA=0 leaves it out"),
+        ("flash-linear-attention", _there("fla"), "linear attention on CUDA in half precision; HHBENCH_FLA=0: without"),
         ("pip", _there("pip"), "fetches pinned data; without it, put files into the cache by hand"),
         ("cache", cache, f"{shutil.disk_usage(cache).free / 1e9:.0f} GB free; HHBENCH_CACHE moves it"),
         ("network", "off (offline switch)" if data.offline() else "allowed", "HHBENCH_OFFLINE=1 forbids it"),

@@ -1,9 +1,12 @@
-"""How cells are measured: probed from short to long within a budget, then timed in rounds.
+"""How cells are measured: probed from short to long within a budget, then timed in rounds; crossovers more finely.
 
 Probing an attention at a length, after the shorter ones, tells what longer ones will cost: what doesn't fit into the
 budget or the memory is not run, and says so. Then rounds: in each one every cell is timed once, in an order that is
 drawn anew, so that a slow minute of the machine falls on all alike. Attentions at the same work and length follow each
 other: their ratios are taken within a round.
+
+Lengths that double say little of where two times cross: softmax's own time has steps. So the last part of the budget
+goes to lengths around each crossover that was found, for the two that cross.
 """
 
 import dataclasses
@@ -36,7 +39,7 @@ from hhbench.profile.clock import (
     out_of_memory,
 )
 from hhbench.profile.crossover import crossovers
-from hhbench.profile.record import Ceiling, Cell, Profile
+from hhbench.profile.record import Ceiling, Cell, Crossover, Profile
 from hhbench.profile.request import SOFTMAX, Request
 from hhbench.profile.rounds import percentiles
 from hhbench.profile.subjects import BACKENDS, FIRST, PREFILL, WORKS, LayerSubject, Subject, Workload, is_softmax
@@ -48,6 +51,8 @@ FEW, LONG, LEAST = 3, 0.25, 5  # rounds of a cell that takes longer than LONG se
 STEEPEST: Final = 2.2  # no attention's time or memory grows by a higher power of the length
 MEMORY_SHARE: Final = 0.7  # of the free memory that a call may be expected to take
 GEMM_EVERY: Final = 8  # cells
+BETWEEN: Final = (0.25, 0.5, 0.75)  # of the way, in powers, from the length before a crossover to the one after it
+FOR_BETWEEN: Final = 0.15  # of the budget
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Watch = Callable[[int, int, str], None]
@@ -166,7 +171,9 @@ class _Session:
         self.request, self.subject, self.device, self.watch = request, subject, device, watch
         self.threads, self.clock = threads, Clock(device, threads)
         self.start = time.perf_counter()
+        self.seconds = request.seconds  # until which new work is begun
         self.entries: list[_Entry] = []
+        self.between: list[_Entry] = []
         self.ceilings: dict[str, tuple[int, Callable[[], object], list[float]]] = {
             name: (*gemm(device, DTYPES[name]), []) for name in request.dtypes
         }
@@ -181,8 +188,12 @@ class _Session:
         return [entry for entry in self.entries if entry.workload is not None]
 
     def profile(self) -> Profile:
+        softmaxes = sum(map(is_softmax, self.subject.labels()))
+        if 0 < softmaxes < len(self.subject.labels()) and len(self.subject.lengths) > 1:
+            self.seconds *= 1 - FOR_BETWEEN
         self._probe()
         self._rounds()
+        self._refine()
         return self._record()
 
     # ---- probing -----------------------------------------------------------------------------------------------
@@ -231,11 +242,11 @@ class _Session:
         if track.ended is not None:
             entry.fail(*track.ended)
             return
-        least = FEW if (_forecast(track.sample, entry.length) or 0.0) > LONG else LEAST
+        least = min(FEW if (_forecast(track.sample, entry.length) or 0.0) > LONG else LEAST, self.request.rounds)
         cost = _forecast(track.probe, entry.length) or 0.0
         sample = _forecast(track.sample, entry.length) or 0.0
         reserved = sum(min(other.least, self.request.rounds) * other.cost for other in self.live)
-        if self.spent + reserved + cost + min(least, self.request.rounds) * sample > self.request.seconds:
+        if self.spent + reserved + cost + least * sample > self.seconds:
             said = f"what is left is too little for {least} rounds" if sample else "it was spent before"
             self._end(entry, track, record.NOT_RUN, f"budget: {said}")
             return
@@ -306,7 +317,7 @@ class _Session:
         for index, entry in enumerate(entries):
             if index % GEMM_EVERY == 0:
                 self._sample_ceilings()
-            if number >= FEW and self.spent > self.request.seconds:
+            if number >= FEW and self.spent > self.seconds:
                 break
             self.watch(number * len(entries) + index, total, f"round {number + 1}: {entry.name}")
             self._sample(entry, number)
@@ -314,7 +325,7 @@ class _Session:
     def _affordable(self, number: int) -> list[_Entry]:
         """The cells of a round: all while they have the least number of rounds, then the cheapest that fit."""
         due = [entry for entry in self.live if number < entry.least]
-        left = self.request.seconds - self.spent - sum(entry.cost for entry in due)
+        left = self.seconds - self.spent - sum(entry.cost for entry in due)
         share = left / (self.request.rounds - number)
         for entry in sorted((e for e in self.live if number >= e.least), key=lambda e: e.cost):
             share -= entry.cost
@@ -340,6 +351,36 @@ class _Session:
             run()
             seconds.append(self.clock.time(run).seconds)
 
+    # ---- crossovers --------------------------------------------------------------------------------------------
+
+    def _refine(self) -> None:
+        """Time the two that cross at lengths between those around each crossover."""
+        cells = [self._cell(entry, {}) for entry in self.entries]
+        softmaxes = [label for label in self.subject.labels() if is_softmax(label)]
+        wanted: dict[tuple[str, str, str, int], _Entry] = {}
+        for found in crossovers(cells, softmaxes):
+            if found.length is None:
+                continue
+            own = [c.length for c in cells if c.measured and (c.attention, c.work, c.dtype) == _row(found)]
+            before, after = max(n for n in own if n < found.length), min(n for n in own if n >= found.length)
+            for part in BETWEEN:
+                length = round(before * (after / before) ** part)
+                for label in (found.attention, found.against) if before < length < after else ():
+                    place = label, found.work, found.dtype, length
+                    wanted[place] = _Entry(*place)
+        self.seconds = self.request.seconds
+        asked, self.entries = self.entries, []  # rounds of their own
+        try:
+            for index, entry in enumerate(wanted.values()):
+                self.watch(index, len(wanted), f"probing {entry.name}")
+                self._probe_one(entry, _Track())
+                self.entries.append(entry)
+            self._rounds()
+        except KeyboardInterrupt:
+            self.warnings.append("interrupted before the crossovers were looked at more finely")
+            self.entries = []
+        self.entries, self.between = asked, self.entries
+
     # ---- the record --------------------------------------------------------------------------------------------
 
     def _record(self) -> Profile:
@@ -355,6 +396,8 @@ class _Session:
         ordered = sorted(places, key=lambda p: (labels[p[0]], self.request.dtypes.index(p[1]), p[2], works.index(p[3])))
         cells = [self._cell(self.entries[places[place]], reached) for place in ordered]
         cells = [cell for measured in cells for cell in self._with_first_token(measured)]
+        between = [self._cell(entry, reached) for entry in sorted(self.between, key=lambda entry: entry.length)]
+        between = [cell for measured in between for cell in self._with_first_token(measured)]
         self._warn(cells, ceilings)
         cuda = {"cuda": torch.version.cuda or ""} if self.device.type == "cuda" else {}
         environment = result.environment(
@@ -374,9 +417,10 @@ class _Session:
             memory=MEMORY_BY[self.device.type],
             warnings=self.warnings,
             ceilings=ceilings,
-            crossovers=crossovers(cells, [label for label in labels if is_softmax(label)]),
+            crossovers=crossovers([*cells, *between], [label for label in labels if is_softmax(label)]),
             environment=environment,
             cells=cells,
+            between=between,
         )
 
     def _cell(self, entry: _Entry, reached: dict[str, float]) -> Cell:
@@ -439,6 +483,10 @@ class _Session:
             )
         if self.spent > 1.1 * self.request.seconds:
             self.warnings.append(f"budget: {self.spent:,.0f} s instead of {self.request.seconds:,.0f} s")
+
+
+def _row(found: Crossover) -> tuple[str, str, str]:
+    return found.attention, found.work, found.dtype
 
 
 def _forecast(known: Sequence[tuple[int, float]], length: int, *, least: float = 0.0) -> float | None:

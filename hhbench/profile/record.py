@@ -142,6 +142,7 @@ class Profile:
         clock: what `seconds` are read from.
         memory: what `peak_bytes` are read from.
         warnings: why the numbers may be worth less than they seem.
+        between: cells between the lengths that were asked for, which place the crossovers and stand in no table.
     """
 
     schema: int
@@ -156,6 +157,7 @@ class Profile:
     crossovers: list[Crossover]
     environment: Environment
     cells: list[Cell]
+    between: list[Cell] = dataclasses.field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -197,7 +199,7 @@ class Profile:
         if values.get("schema") != SCHEMA:
             raise HHBenchError(f"its schema is {values.get('schema')!r}; this hhbench reads schema {SCHEMA}")
         found: Profile = checked(values, cls, "")
-        for cell in found.cells:
+        for cell in (*found.cells, *found.between):
             if cell.measured and not (len(cell.seconds) == len(cell.rounds) > 0 and cell.p50):
                 raise HHBenchError(f"the cell {cell.place} says that it was measured and has no times")
             if cell.measured and not any(c.dtype == cell.dtype and c.seconds for c in found.ceilings):
