@@ -10,6 +10,7 @@ goes to lengths around each crossover that was found, for the two that cross.
 """
 
 import dataclasses
+import itertools
 import math
 import random
 import time
@@ -39,7 +40,7 @@ from hhbench.profile.clock import (
     out_of_memory,
 )
 from hhbench.profile.crossover import crossovers
-from hhbench.profile.record import Ceiling, Cell, Crossover, Profile
+from hhbench.profile.record import Ceiling, Cell, Profile
 from hhbench.profile.request import SOFTMAX, Request
 from hhbench.profile.rounds import percentiles
 from hhbench.profile.subjects import BACKENDS, FIRST, PREFILL, WORKS, LayerSubject, Subject, Workload, is_softmax
@@ -51,7 +52,7 @@ FEW, LONG, LEAST = 3, 0.25, 5  # rounds of a cell that takes longer than LONG se
 STEEPEST: Final = 2.2  # no attention's time or memory grows by a higher power of the length
 MEMORY_SHARE: Final = 0.7  # of the free memory that a call may be expected to take
 GEMM_EVERY: Final = 8  # cells
-BETWEEN: Final = (0.25, 0.5, 0.75)  # of the way, in powers, from the length before a crossover to the one after it
+BETWEEN: Final = (0.5, 0.25, 0.75)  # of the way, in powers, from the length before a crossover to the one after it
 FOR_BETWEEN: Final = 0.15  # of the budget
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -357,23 +358,26 @@ class _Session:
         """Time the two that cross at lengths between those around each crossover."""
         cells = [self._cell(entry, {}) for entry in self.entries]
         softmaxes = [label for label in self.subject.labels() if is_softmax(label)]
-        wanted: dict[tuple[str, str, str, int], _Entry] = {}
-        for found in crossovers(cells, softmaxes):
+        known = {(e.label, e.work, e.dtype, e.length): e for e in self.entries if e.seconds}
+        wanted: dict[tuple[str, str, str, int], _Track] = {}
+        for part, found in itertools.product(BETWEEN, crossovers(cells, softmaxes)):
             if found.length is None:
                 continue
-            own = [c.length for c in cells if c.measured and (c.attention, c.work, c.dtype) == _row(found)]
+            row = found.attention, found.work, found.dtype
+            own = [place[-1] for place in known if place[:-1] == row]
             before, after = max(n for n in own if n < found.length), min(n for n in own if n >= found.length)
-            for part in BETWEEN:
-                length = round(before * (after / before) ** part)
-                for label in (found.attention, found.against) if before < length < after else ():
-                    place = label, found.work, found.dtype, length
-                    wanted[place] = _Entry(*place)
+            length = round(before * (after / before) ** part)
+            for label in (found.attention, found.against) if before < length < after else ():
+                if (nearest := known.get((label, *row[1:], before)) or known.get((label, *row[1:], after))) is not None:
+                    forecast = [(nearest.length, nearest.cost)]
+                    wanted[label, *row[1:], length] = _Track(probe=forecast, sample=forecast)
         self.seconds = self.request.seconds
         asked, self.entries = self.entries, []  # rounds of their own
         try:
-            for index, entry in enumerate(wanted.values()):
+            for index, (place, track) in enumerate(wanted.items()):
+                entry = _Entry(*place)
                 self.watch(index, len(wanted), f"probing {entry.name}")
-                self._probe_one(entry, _Track())
+                self._probe_one(entry, track)
                 self.entries.append(entry)
             self._rounds()
         except KeyboardInterrupt:
@@ -483,10 +487,6 @@ class _Session:
             )
         if self.spent > 1.1 * self.request.seconds:
             self.warnings.append(f"budget: {self.spent:,.0f} s instead of {self.request.seconds:,.0f} s")
-
-
-def _row(found: Crossover) -> tuple[str, str, str]:
-    return found.attention, found.work, found.dtype
 
 
 def _forecast(known: Sequence[tuple[int, float]], length: int, *, least: float = 0.0) -> float | None:
