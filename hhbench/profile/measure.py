@@ -501,10 +501,6 @@ def _forecast(known: Sequence[tuple[int, float]], length: int, *, least: float =
     return float(cost * (length / n) ** min(max(power, least), STEEPEST))
 
 
-def _seconds(value: float) -> str:
-    return f"{value:,.0f} s" if value >= 10 else f"{value:.2g} s"
-
-
 def _in_turns(entries: Sequence[_Entry], order: random.Random) -> list[_Entry]:
     """Places in an order that is drawn, and the attentions of each place likewise."""
     places: dict[tuple[str, str, int], list[_Entry]] = {}
