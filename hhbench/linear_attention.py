@@ -280,7 +280,7 @@ class LinearAttention(Attention):
             self.query_map.begin_pass()
         by_token = form == "recurrent" or (form == "auto" and causal and N == 1)
         if self.training and self._draws is None:
-            self._draws = self._map_draws(q, k, positions)
+            self._draws = self._map_draws(q, k)
         chunks, size = self._order(q)
         if form == "auto" and causal and 1 < N <= chunks.by_pairs and sums is None:
             form = "quadratic"
@@ -301,7 +301,7 @@ class LinearAttention(Attention):
                 chunks=chunks,
             )
             learned = [p for p in self.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
-            if form == "auto" and causal and self._by_flash_linear(q, k, v, positions):
+            if form == "auto" and causal and self._by_flash_linear(q, k, v):
                 return self._flash_linear(job, q, k, v, sums, need_sums=need_sums)
             return self._blockwise(job, q, k, v, sums, learned, need_sums=need_sums)
         queries, keys = self._mapped(q, k, v, key_mask, positions)
@@ -353,31 +353,33 @@ class LinearAttention(Attention):
         out, sums = blockwise.causal(job, q, k, v, self._per_head(sums), learned, need_sums=need_sums)
         return out, self._per_group(sums)
 
-    def _map_draws(self, q: Tensor, k: Tensor, positions: Tensor) -> bool:
-        """Whether a map draws random numbers, which one token shows. The generators are put back."""
+    def _map_draws(self, q: Tensor, k: Tensor) -> bool:
+        """Whether a map draws random numbers, which one token of zeros shows. The generators are put back."""
         before = _random_states(q.device)
         with torch.no_grad():
-            self.query_map.map_queries(q[:1, :, :1].to(sum_dtype(q)), positions=positions[:1, :1])
-        self._map_key(k, positions)
+            query = torch.zeros_like(q[:1, :, :1], dtype=sum_dtype(q))
+            self.query_map.map_queries(query, positions=torch.zeros(1, 1, dtype=torch.int64, device=q.device))
+        self._map_key(k)
         drew = not all(map(torch.equal, before, _random_states(q.device)))
         if drew:
             _set_random_states(q.device, before)
         return drew
 
     @torch.no_grad()
-    def _map_key(self, k: Tensor, positions: Tensor) -> Tensor | None:
-        """The log scale of one key, if keys have any."""
-        key = k[:1, :, :1].to(sum_dtype(k))
+    def _map_key(self, k: Tensor) -> Tensor | None:
+        """The log scale of a key of zeros, if keys have any."""
+        key = torch.zeros_like(k[:1, :, :1], dtype=sum_dtype(k))
         key = key if self.share_kv_heads else repeat_heads(key, self.shape.num_heads)
-        _, log_scale = self.key_map.map_keys(key, positions=positions[:1, :1], key_mask=None)
+        first = torch.zeros(1, 1, dtype=torch.int64, device=k.device)
+        _, log_scale = self.key_map.map_keys(key, positions=first, key_mask=None)
         return log_scale
 
-    def _by_flash_linear(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> bool:
+    def _by_flash_linear(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
         """Whether another library's kernels sum these: see `flash_linear`. They know no log scales; one key shows."""
         if self.query_map.signed or not flash_linear.wanted(q):
             return False
         if self._scales_keys is None:
-            self._scales_keys = self._map_key(k, positions) is not None
+            self._scales_keys = self._map_key(k) is not None
         return not self._scales_keys and flash_linear.agrees(q.device, self.key_map.feature_dim, v.shape[3])
 
     def _flash_linear(
