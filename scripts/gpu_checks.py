@@ -119,7 +119,7 @@ def errors(
 
 def relative(found: Tensor, truth: Tensor) -> float:
     """The norm of the error in parts of the norm."""
-    return float((found.double() - truth).norm() / truth.norm())
+    return float(((found.double() - truth).norm() / truth.norm()).detach())
 
 
 def checked(row: dict[str, Any], dtype: torch.dtype, *arguments: Any) -> dict[str, Any]:
