@@ -279,15 +279,13 @@ class LinearAttention(Attention):
         if self.training:
             self.query_map.begin_pass()
         by_token = form == "recurrent" or (form == "auto" and causal and N == 1)
-        if self.training and self._draws is None:
-            self._draws = self._map_draws(q, k)
         chunks, size = self._order(q)
         if form == "auto" and causal and 1 < N <= chunks.by_pairs and sums is None:
             form = "quadratic"
         by_blocks = not by_token and form != "quadratic" and q.device.type != "meta"
+        by_blocks = by_blocks and not torch.compiler.is_compiling()  # which can't follow buffers that outlive a call
         # A map that draws random numbers would draw others when it is run again for its gradient.
-        by_blocks = by_blocks and not (self.training and self._draws)
-        if by_blocks and not torch.compiler.is_compiling():  # which can't follow buffers that outlive a call
+        if by_blocks and not (self.training and self._map_draws(q, k)):
             job = Job(
                 maps=self,
                 num_heads=self.shape.num_heads,
@@ -355,15 +353,17 @@ class LinearAttention(Attention):
 
     def _map_draws(self, q: Tensor, k: Tensor) -> bool:
         """Whether a map draws random numbers, which one token of zeros shows. The generators are put back."""
+        if self._draws is not None:
+            return self._draws
         before = _random_states(q.device)
         with torch.no_grad():
             query = torch.zeros_like(q[:1, :, :1], dtype=sum_dtype(q))
             self.query_map.map_queries(query, positions=torch.zeros(1, 1, dtype=torch.int64, device=q.device))
         self._map_key(k)
-        drew = not all(map(torch.equal, before, _random_states(q.device)))
-        if drew:
+        self._draws = not all(map(torch.equal, before, _random_states(q.device)))
+        if self._draws:
             _set_random_states(q.device, before)
-        return drew
+        return self._draws
 
     @torch.no_grad()
     def _map_key(self, k: Tensor) -> Tensor | None:
@@ -392,19 +392,22 @@ class LinearAttention(Attention):
         out, sums = flash_linear.causal(queries, keys, values, self._per_head(sums), need_sums=need_sums)
         return out.to(q.dtype), self._per_group(sums)
 
+    @property
+    def _group(self) -> int:
+        """How many heads share a state."""
+        return self.shape.num_heads // self.shape.num_kv_heads if self.share_kv_heads else 1
+
     def _per_head(self, sums: Sums | None) -> Sums | None:
         """Those of a group's shared state, once for each of its heads."""
-        group = self.shape.num_heads // self.shape.num_kv_heads if self.share_kv_heads else 1
-        if sums is None or group == 1:
+        if sums is None or self._group == 1:
             return sums
-        return Sums(*(x.repeat_interleave(group, 1) for x in (sums.values, sums.keys, sums.log_max)))
+        return Sums(*(x.repeat_interleave(self._group, 1) for x in (sums.values, sums.keys, sums.log_max)))
 
     def _per_group(self, sums: Sums | None) -> Sums | None:
         """Every head of a group that shares a state has the same."""
-        group = self.shape.num_heads // self.shape.num_kv_heads if self.share_kv_heads else 1
-        if sums is None or group == 1:
+        if sums is None or self._group == 1:
             return sums
-        return Sums(*(x[:, ::group] for x in (sums.values, sums.keys, sums.log_max)))
+        return Sums(*(x[:, :: self._group] for x in (sums.values, sums.keys, sums.log_max)))
 
     def _positions(self, k: Tensor, key_mask: Tensor | None, state: LinearState | None) -> Tensor:
         """Of the keys, [B, M]."""

@@ -5,11 +5,10 @@
 
 Outputs and gradients are compared with the quadratic form in float64: the fused Hedgehog kernels', and those of every
 linear attention by all chunks at once and, where it is installed, by flash-linear-attention; and all three late in a
-sequence of 32,768 tokens. Then, at the same number
-of tokens in all, forward and forward with backward are timed for each length, in interleaved rounds: the fused kernels,
-the two other ways, and every backend of SDPA that takes the shape. Times are medians of CUDA events, with their tenth
-and ninetieth percentiles. Last come other tilings of each kernel, one at a time, at the longest length. What failed
-says how.
+sequence of 32,768 tokens. Then, at the same number of tokens in all, forward and forward with backward are timed for
+each length, in interleaved rounds: the fused kernels, the two other ways, and every backend of SDPA that takes the
+shape. Times are medians of CUDA events, with their tenth and ninetieth percentiles. Last come other tilings of each
+kernel, one at a time, at the longest length. What failed says how.
 """
 
 import argparse
