@@ -158,13 +158,14 @@ def test_calls_take_turns():
     assert "".join(turns) == "abcabcbabc"  # after the warm-up; the second round goes backwards
 
 
-def test_a_crossover_is_looked_at_more_finely(monkeypatch):
-    """At three lengths between the two around it, by those that cross; tables don't hold them."""
-    cross = {8: 2.0, 16: 1.5, 32: 0.5, 64: 0.2}  # of softmax's time
+@pytest.fixture
+def crossing(monkeypatch):
+    """A request whose attention's time crosses softmax's between 16 and 32 tokens, nearer to 32."""
+    of_softmax = {8: 2.0, 16: 1.5, 32: 0.5, 64: 0.2}
 
     def sample(self, run, repeats):
         label, length = run()
-        ratio = 1.0 if label == "softmax" else cross.get(length, 1.2 if length < 24 else 0.9)
+        ratio = 1.0 if label == "softmax" else of_softmax.get(length, 1.2 if length < 24 else 0.9)
         return Timed(ratio, ratio, False)
 
     def workload(self, label, work, dtype, length):
@@ -172,13 +173,28 @@ def test_a_crossover_is_looked_at_more_finely(monkeypatch):
 
     monkeypatch.setattr(measure.LayerSubject, "workload", workload)
     monkeypatch.setattr(Clock, "sample", sample)
-    found = profile(Request(attentions=("softmax", "elu"), lengths=(8, 16, 32, 64), modes=("prefill",), **SMALL))
+    return Request(attentions=("softmax", "elu"), lengths=(8, 16, 32, 64), modes=("prefill",), **SMALL)
+
+
+def test_a_crossover_is_looked_at_more_finely(crossing):
+    """At three lengths between the two around it, by those that cross; tables don't hold them."""
+    found = profile(crossing)
     between = [(cell.attention, cell.length, len(cell.rounds)) for cell in found.between]
     assert between == [(label, n, 2) for n in (19, 23, 27) for label in ("elu", "softmax")]
     assert {cell.length for cell in found.cells} == {8, 16, 32, 64}
     (stated,) = found.crossovers
     assert 23 < stated.length < 27, "doubling alone would say 22"
     assert record.Profile.from_dict(json.loads(found.as_line())).between == found.between
+
+
+def test_nothing_more_is_timed_after_an_interrupt(crossing):
+    def watch(done, total, title):
+        if title.startswith("round 2:"):
+            raise KeyboardInterrupt
+
+    found = profile(crossing, watch)
+    assert "interrupted in round 2 of 2" in found.warnings
+    assert not found.between and len(found.crossovers) == 1
 
 
 def test_slow_calls_are_in_few_rounds(monkeypatch):

@@ -193,8 +193,8 @@ class _Session:
         if 0 < softmaxes < len(self.subject.labels()) and len(self.subject.lengths) > 1:
             self.seconds *= 1 - FOR_BETWEEN
         self._probe()
-        self._rounds()
-        self._refine()
+        if self._rounds():
+            self._refine()
         return self._record()
 
     # ---- probing -----------------------------------------------------------------------------------------------
@@ -301,7 +301,8 @@ class _Session:
 
     # ---- rounds ------------------------------------------------------------------------------------------------
 
-    def _rounds(self) -> None:
+    def _rounds(self) -> bool:
+        """Whether nobody interrupted them."""
         order = random.Random(self.request.seed)
         for number in range(self.request.rounds):
             entries = _in_turns(self._affordable(number), order)
@@ -311,7 +312,8 @@ class _Session:
                 if number == 0:  # some cells have no time at all
                     raise
                 self.warnings.append(f"interrupted in round {number + 1} of {self.request.rounds}")
-                return
+                return False
+        return True
 
     def _round(self, number: int, entries: Sequence[_Entry]) -> None:
         total = self.request.rounds * len(entries)
