@@ -159,16 +159,16 @@ def _images(config: RunConfig, paths: Sequence[Path]) -> TaskData:
     order = list(range(len(paths)))
     random.Random(0).shuffle(order)
 
-    def split(indices: list[int], transform: Any, limit: int | None) -> Split:
+    def split(indices: list[int], transform: Any, limit: int | None, *, draws: bool = False) -> Split:
         indices = indices[: limit or None]
         images = imagenet.Transformed(_Files(paths), indices, transform)
-        return Split(images, [inputs.num_tokens] * len(indices), costly=True)
+        return Split(images, [inputs.collate.num_tokens] * len(indices), draws, costly=True)
 
     return TaskData(
-        train=split(order[2 * held :], inputs.train, config.train_examples),
+        train=split(order[2 * held :], inputs.train, config.train_examples, draws=True),
         validation=split(order[held : 2 * held], inputs.test, config.test_examples),
         tests={"test": split(order[:held], inputs.test, config.test_examples)},
-        collate=imagenet.Collate(inputs.num_tokens, inputs.name, inputs.extra),
+        collate=inputs.collate,
         hashes={Path(str(config.dataset)).name: remembered_hash(paths)},
         facts={"processor": inputs.processor, "transforms": inputs.transforms},
     )

@@ -1,11 +1,15 @@
 """Digits, a user's image folder, models of transformers, Fashion-MNIST."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.metrics import accuracy_score, top_k_accuracy_score
+from timm.data import create_loader, create_transform
+from torchvision.datasets import ImageFolder
 from transformers import (
     BitImageProcessor,
     Dinov2Config,
@@ -129,6 +133,33 @@ def test_an_image_folder_becomes_splits(folder):
     (hash_,) = data.hashes.values()
     (folder / "train" / "red" / "0.png").unlink()
     assert load(**folder_settings(folder)).hashes != {"flags": hash_}
+
+
+def test_batches_are_those_of_timms_loader(folder):
+    """Tested on, as its loader with its prefetcher makes them; trained on, with its augmentation's own draws."""
+    loaded = load(**folder_settings(folder))
+    settings = loaded.facts["transforms"]
+    rows = ImageFolder(folder / "test")
+    (theirs, labels), = create_loader(
+        rows, batch_size=6, num_workers=0, persistent_workers=False, device=torch.device("cpu"), **settings
+    )  # fmt: skip
+    ours = loaded.collate(loaded.tests["test"].examples[:])
+    assert torch.equal(ours["labels"], labels)
+    torch.testing.assert_close(ours["inputs"]["x"], theirs, rtol=0, atol=1e-6)
+    train = loaded.train.examples
+    augment = create_transform(**settings, is_training=True)
+    for index in (0, 7):
+        augmented = []
+        for read in (lambda i: loaded.collate([train[i]])["inputs"]["x"][0], lambda i: augment(raw(train, i))):
+            torch.manual_seed(index)
+            random.seed(index)
+            augmented.append(read(index))
+        torch.testing.assert_close(*augmented, rtol=0, atol=1e-6)
+    assert ours["inputs"]["x"].dtype == torch.float32
+
+
+def raw(images, index):
+    return images.rows[images.indices[index]][0].convert("RGB")
 
 
 def test_an_image_folder_end_to_end(folder, tmp_path):

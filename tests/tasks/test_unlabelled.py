@@ -21,6 +21,7 @@ from hhbench.errors import DataError, HHBenchError, UsageError
 from hhbench.fidelity import measure
 from hhbench.runner import execute, prepare
 from hhbench.tasks.unlabelled import Unlabelled
+from hhbench.train import loader
 
 WORDS = ["hedgehog", "attention", "linear", "softmax", "keeps", "what", "it", "knew", "a", "spiky", "map", "mimics"]
 SMALL = {
@@ -106,14 +107,28 @@ def test_images_are_held_out_by_one_seed(home):
     # Training flips at random; every image is in one split alone.
     trained = {tuple(np.array(side).ravel()[:64]) for x, _ in _all(first.train) for side in (x, hflip(x))}
     assert not trained & (pixels[0] | pixels[1])
-    assert [
+    assert all(
         torch.equal(x, y) for (x, _), (y, _) in zip(_all(first.tests["test"]), _all(again.tests["test"]), strict=True)
-    ]
+    )
     assert first.hashes == again.hashes
     assert first.hashes.keys() == {"flat"}
     batch = first.collate([first.train.examples[0], first.train.examples[1]])
     assert batch["inputs"]["pixel_values"].shape == (2, 3, 32, 32)
     assert batch["num_tokens"] == 2 * (4 * 4 + 1)
+
+
+def test_what_flips_an_image_is_the_runs_seed_its_epoch_and_place(home):
+    c = config(home, "vit", "flat")
+    found = loaded(home, "vit", "flat")
+
+    def epoch(seed: int, state: int) -> dict[int, torch.Tensor]:
+        torch.manual_seed(state)
+        batches = loader(found.train, found, c, train=True, seed=seed)
+        return {int(i): x for b in batches for i, x in zip(b["index"], b["inputs"]["pixel_values"], strict=True)}
+
+    first, again, other = epoch(0, 1), epoch(0, 2), epoch(1, 1)
+    assert all(torch.equal(first[i], again[i]) for i in first)
+    assert not all(torch.equal(first[i], other[i]) for i in first)
 
 
 def _all(split):
