@@ -330,7 +330,7 @@ def _data_set_table(group: Group, members: Sequence[Result], apart: str) -> Tabl
     varied = [name for name in names if len({json.dumps(own.get(name)) for own in settings}) > 1]
     runs = [_by_seed(entry) for entry in entries]
     places = {_measured(r) for own in runs for r in own.values()}
-    lines = [_conditions(group, members), *_replacement(members)]
+    lines = [_conditions(group, members), *_one_teacher(group, runs), *_replacement(members)]
     rows = []
     for entry, own, chosen in zip(entries, settings, runs, strict=True):
         text = ", ".join(f"{name}={_plain(own[name])}" for name in varied if name in own)
@@ -437,6 +437,7 @@ def _average_table(group: Group, suite: tuple[str, ...], candidates: _Candidates
     rows: list[Row] = []
     notes: list[str] = []
     used: list[Result] = []
+    runs: list[dict[tuple[int, int], Result]] = []
     for name, entries in sorted(candidates.items()):
         missing = [dataset for dataset in suite if dataset not in entries]
         twice = [dataset for dataset in suite if len(entries.get(dataset, ())) > 1]
@@ -449,7 +450,8 @@ def _average_table(group: Group, suite: tuple[str, ...], candidates: _Candidates
         if not seeds:
             notes.append(f"Not averaged: {_shown(name)}, which has no seed with all data sets.")
             continue
-        units = [[runs[seed] for runs in by_seed] for seed in seeds]
+        runs += by_seed
+        units = [[own[seed] for own in by_seed] for seed in seeds]
         rows.append(_row(units, settings="", measured=False))
         used += [r for unit in units for r in unit]
     named = {r.task["dataset"]: f"{r.task['title']} {r.score.name}" for r in used}
@@ -458,6 +460,7 @@ def _average_table(group: Group, suite: tuple[str, ...], candidates: _Candidates
         lines=(
             _conditions(group, used),
             "Each seed's mean over the data sets; the spread is over seeds.",
+            *_one_teacher(group, runs),
             *_replacement(used),
             *notes,
         ),
@@ -540,6 +543,14 @@ def _conditions(group: Group, results: Sequence[Result]) -> str:
     days = sorted({r.created[:10] for r in results})
     ran = f" Run {' to '.join(dict.fromkeys((days[0], days[-1])))}." if days else ""
     return f"{text[0].upper()}{text[1:]}.{ran}"
+
+
+def _one_teacher(group: Group, runs: Iterable[dict[tuple[int, int], Result]]) -> list[str]:
+    """What a reader must know of a spread in which every run began from the same teacher that was trained here."""
+    teachers = [{teacher for _, teacher in own} for own in runs if len(own) > 1]
+    if group.regime != "finetuned-conversion" or not any(len(own) == 1 for own in teachers):
+        return []
+    return ["±: over seeds that share one teacher. What another teacher would change is not in it (--teacher-seed)."]
 
 
 def _replacement(results: Iterable[Result]) -> list[str]:

@@ -1,7 +1,6 @@
 """Write the committed tables and their plots from the result files in docs/results.
 
-python scripts/publish.py                     rewrite the tables of README.md, docs/mini.md, docs/conversions.md and
-                                              docs/profile.md, and the plots beside them
+python scripts/publish.py                     rewrite the tables of README.md and docs/, and the plots beside them
 python scripts/publish.py mini runs           first copy every result below runs/ to docs/results/mini
 python scripts/publish.py conversions runs    and here to docs/results/conversions
 """
@@ -29,7 +28,7 @@ FIDELITY = ROOT / "docs" / "results" / "fidelity"  # what `hhbench fidelity --js
 FIDELITY_START = "<!-- table: hhbench fidelity, docs/results/fidelity -->\n"
 PROFILE = ROOT / "docs" / "results" / "profile" / "layer-causal-cpu.json"  # what `hhbench profile` stored
 PROFILE_START = "<!-- table: hhbench profile, docs/results/profile -->\n"
-SETS = ("mini", "conversions")  # folders of results, each with a page and a plot of its name
+SETS = ("mini", "conversions", "teachers")  # folders of results, each with a page and a plot of its name
 START, END = "<!-- tables: hhbench leaderboard docs/results/{} -->\n", "<!-- end of tables -->"
 
 
@@ -40,7 +39,8 @@ def collect(name: str, runs: Path) -> None:
         recipe = f"-{one.attention['recipe']}" if one.attention["recipe"] else ""
         seed = one.config["seed"]
         with_lora = "-lora" if one.config.get("lora") else ""
-        title = f"{one.task['name']}-{one.task['title']}-{one.attention['label']}{recipe}{with_lora}-s{seed}"
+        teacher = f"-t{one.config['teacher_seed']}" if one.config["teacher_seed"] else ""
+        title = f"{one.task['name']}-{one.task['title']}-{one.attention['label']}{recipe}{with_lora}-s{seed}{teacher}"
         shutil.copyfile(path, RESULTS / name / f"{title}.result.json")
         shutil.copyfile(path.with_name("examples.npz"), RESULTS / name / f"{title}.examples.npz")
 
