@@ -42,12 +42,14 @@ class Chunks(Protocol):
     Attributes:
         name: of this implementation, for `hhbench.kernels`.
         size: tokens of a chunk.
-        by_pairs: up to so many tokens, all pairs under autograd do as well: it needn't map them again.
+        by_pairs: up to so many tokens, in causal order, all pairs at once take less time, with a gradient and without.
+        by_pairs_bidirectional: the same where each query sees all keys.
     """
 
     name: str
     size: int
     by_pairs: int
+    by_pairs_bidirectional: int
 
     def product(self, a: Tensor, b: Tensor, name: str, *, exact: str = "") -> Tensor:
         """a @ b in the type of the sums; in the buffer of this name, where there are buffers.
@@ -124,7 +126,8 @@ class OneByOne:
 
     name = "blocks"
     size = 64
-    by_pairs = 64
+    by_pairs = 80
+    by_pairs_bidirectional = 32
 
     def product(self, a: Tensor, b: Tensor, name: str, *, exact: str = "") -> Tensor:
         del exact
@@ -263,10 +266,11 @@ class AtOnce:
     """
 
     size = 128
+    by_pairs_bidirectional = 0  # two products, which are as few
 
     def __init__(self, operands: torch.dtype | None = None) -> None:
         self.operands = operands
-        self.by_pairs = self.size if operands is None else 1  # pairs under autograd are multiplied in float32
+        self.by_pairs = self.size if operands is None else 1  # pairs are multiplied in float32
         self.name = "chunks at once" if operands is None else f"chunks at once, {str(operands).split('.')[-1]}"
 
     def product(self, a: Tensor, b: Tensor, name: str = "", *, exact: str = "") -> Tensor:

@@ -280,7 +280,8 @@ class LinearAttention(Attention):
             self.query_map.begin_pass()
         by_token = form == "recurrent" or (form == "auto" and causal and N == 1)
         chunks, size = self._order(q)
-        if form == "auto" and causal and 1 < N <= chunks.by_pairs and sums is None:
+        most = chunks.by_pairs if causal else chunks.by_pairs_bidirectional
+        if form == "auto" and not by_token and sums is None and k.shape[2] <= most:
             form = "quadratic"
         by_blocks = not by_token and form != "quadratic" and q.device.type != "meta"
         by_blocks = by_blocks and not torch.compiler.is_compiling()  # which can't follow buffers that outlive a call
