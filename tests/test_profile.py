@@ -39,6 +39,10 @@ class Wrong(Mean):
 class Causal(Mean):
     pass
 
+class Fails(Mean):
+    def forward(self, q, k, v, *, key_mask=None, positions=None):
+        raise NotImplementedError("no such operation")
+
 class Hungry(Mean):
     def forward(self, q, k, v, *, key_mask=None, positions=None):
         if not 100 < q.shape[2] < 300:  # the check's own length
@@ -273,6 +277,17 @@ def test_what_is_wrong_is_not_timed(own):
     wrong = [cell for cell in found.cells if cell.status == record.WRONG]
     assert len(wrong) == 4
     assert all("output is 1.0e-02" in cell.note and not cell.seconds for cell in wrong)
+
+
+def test_what_fails_is_not_called_wrong(own):
+    """As on a device that lacks an operation. The others are measured."""
+    found = measured(f"{own}:Fails", f"{own}:Mean", modes=("train", "prefill"))
+    cells = {cell.attention.rpartition(":")[2]: cell for cell in found.cells}
+    assert {name: cell.status for name, cell in cells.items()} == {
+        "softmax": record.MEASURED, "Mean": record.MEASURED, "Fails": record.FAILED,
+    }  # fmt: skip
+    assert cells["Fails"].note.startswith("its check failed: ")
+    assert "no such operation" in cells["Fails"].note
 
 
 def test_a_wrong_gradient_and_a_wrong_step_are_found():
