@@ -126,8 +126,8 @@ class OneByOne:
 
     name = "blocks"
     size = 64
-    by_pairs = 80
-    by_pairs_bidirectional = 32
+    by_pairs = 96
+    by_pairs_bidirectional = 64
 
     def product(self, a: Tensor, b: Tensor, name: str, *, exact: str = "") -> Tensor:
         del exact

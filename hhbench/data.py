@@ -822,10 +822,11 @@ def hash_text(text: str) -> str:
     return hash_bytes(text.encode())
 
 
-def hash_files(paths: Iterable[Path]) -> str:
+def hash_files(paths: Iterable[Path], root: Path | None = None) -> str:
     """One sha256 over the names and contents of files and of all files below folders, in hex.
 
-    A file goes by its own name and one in a folder by its path below it, so a copy elsewhere hashes the same.
+    A file goes by its own name and one in a folder by its path below it, so a copy elsewhere hashes the same. Where the
+    folders that files lie in mean something, as classes do, name the `root` from which their paths count.
 
     Raises:
         DataError: one of them is missing or can't be read.
@@ -834,16 +835,16 @@ def hash_files(paths: Iterable[Path]) -> str:
     for path in paths:
         inside = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
         for file in inside:
-            name = file.name if file == path else file.relative_to(path).as_posix()
+            start = root or (path.parent if file == path else path)
             try:
                 with file.open("rb") as stream:
-                    rows.append([name, hashlib.file_digest(stream, "sha256").hexdigest()])
+                    rows.append([file.relative_to(start).as_posix(), hashlib.file_digest(stream, "sha256").hexdigest()])
             except OSError as error:
                 raise DataError(f"{file} can't be read: {error.strerror}") from error
     return hash_text(json.dumps(sorted(rows)))
 
 
-def remembered_hash(paths: Sequence[Path]) -> str:
+def remembered_hash(paths: Sequence[Path], root: Path | None = None) -> str:
     """`hash_files` of files that are too many, or too large, to be read before each run: ImageNet's are 150 GB.
 
     They are read once, and again where one's place, size or time of change is another.
@@ -864,6 +865,6 @@ def remembered_hash(paths: Sequence[Path]) -> str:
         log.info(
             "reading %s files (%.1f GB) once, for the hash by which results know them", f"{len(paths):,}", size / 1e9
         )
-        return hash_files(paths)
+        return hash_files(paths, root)
 
-    return cached_text(f"hash-{hash_text(json.dumps(known))}.txt", read)
+    return cached_text(f"hash-{hash_text(json.dumps([str(root), known]))}.txt", read)

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results" / "performance"
 PAGE = ROOT / "docs" / "performance.md"
 START, END = "<!-- table: docs/results/performance/{}.json -->\n", "<!-- end of table -->"
-TABLES = ("goals", "peers", "training", "transfer-smollm2", "transfer-minilm")
+TABLES = ("goals", "forms", "peers", "training", "transfer-smollm2", "transfer-minilm")
 
 H, D = 12, 64
 CLOCK = Clock(torch.device("cpu"), threads=1)
@@ -137,7 +137,8 @@ def linear(
         causal=causal,
     )
     attention = build_attention(name, shape)
-    assert isinstance(attention, LinearAttention)
+    if not isinstance(attention, LinearAttention):
+        raise UsageError(f"{name} is no linear attention")
     return attention
 
 

@@ -413,7 +413,7 @@ def _folder(path: Path) -> tuple[Any, Any, int, dict[str, str]]:
             f"{path}: train has the classes {train.classes[:5]} ..., {test.name} has {held.classes[:5]} ..."
         )
     files = [Path(file) for file, _ in (*train.samples, *held.samples)]
-    return train, held, len(train.classes), {path.name: remembered_hash(files)}
+    return train, held, len(train.classes), {path.name: remembered_hash(files, path)}
 
 
 class _ArrayRows:

@@ -51,6 +51,16 @@ def test_the_training_script_trains_beside_a_bare_loop_that_does_the_same() -> N
     assert found["environment"]["threads"] == 1
 
 
+def test_the_forms_script_has_a_row_for_each_length_order_and_pass_and_says_what_is_taken() -> None:
+    found = run("bench_forms", "--attn", "elu", "--lengths", "8,256", "--rounds", "2")
+    rows = rows_of(found)
+    orders, passes = ("causal", "bidirectional"), ("forward", "forward + backward")
+    assert list(rows) == [f"elu {order} {way} {N}" for order in orders for way in passes for N in (8, 256)]
+    assert all(row.value is not None and row.value > 0 for row in rows.values())
+    assert {row.note for name, row in rows.items() if name.endswith(" 8")} == {"takes all pairs"}
+    assert {row.note for name, row in rows.items() if name.endswith(" 256")} == {"takes blocks"}
+
+
 def test_the_transfer_script_has_a_row_for_both_losses_at_each_length() -> None:
     found = run("bench_transfer", "--model", "gpt2", "--lengths", "16,128", "--tokens", "32", "--rounds", "1")
     rows = rows_of(found)
@@ -119,6 +129,9 @@ def test_the_peers_install_and_agree(tmp_path: Path) -> None:
     [
         ("bench_goals", ["--rows", "decod"], "Did you mean 'decode'?"),
         ("bench_peers", ["--rows", "sdpaa"], "Did you mean 'sdpa'?"),
+        ("bench_forms", ["--attn", "hedgehgo"], "Did you mean 'hedgehog'?"),
+        ("bench_forms", ["--attn", "aft"], "aft is no linear attention"),
+        ("bench_forms", ["--lengths", "0"], "at least 1"),
         ("bench_goals", ["--rounds", "0"], "at least 1"),
         ("bench_goals", ["--rows", "decode", "--publish"], "--publish needs a run of all rows"),
     ],

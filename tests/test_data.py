@@ -931,7 +931,7 @@ def test_the_hash_of_many_files_is_read_again_only_where_one_changed(tmp_path, m
         file.write_bytes(b"one")
     read = []
     hash_files = data.hash_files
-    monkeypatch.setattr(data, "hash_files", lambda paths: read.append(len(paths)) or hash_files(paths))
+    monkeypatch.setattr(data, "hash_files", lambda paths, root: read.append(len(paths)) or hash_files(paths, root))
     first = data.remembered_hash(files)
     assert (first, data.remembered_hash(files), read) == (hash_files(files), first, [2])
     files[1].write_bytes(b"other")

@@ -131,8 +131,11 @@ def test_an_image_folder_becomes_splits(folder):
     fewer = load(**folder_settings(folder, train_examples=5, test_examples=1))
     assert (len(fewer.train), len(fewer.validation), len(fewer.tests["test"])) == (5, 1, 1)
     (hash_,) = data.hashes.values()
-    (folder / "train" / "red" / "0.png").unlink()
-    assert load(**folder_settings(folder)).hashes != {"flags": hash_}
+    (folder / "train" / "red" / "0.png").rename(folder / "train" / "blue" / "8.png")  # another label
+    (moved,) = load(**folder_settings(folder)).hashes.values()
+    (folder / "train" / "blue" / "8.png").rename(folder / "train" / "green" / "8.png")
+    assert load(**folder_settings(folder)).hashes != {"flags": moved}
+    assert moved != hash_
 
 
 def test_batches_are_those_of_timms_loader(folder):
