@@ -2,20 +2,20 @@
 does by itself at each length stands beside.
 
 python scripts/bench_forms.py                          Hedgehog and 1+ELU
-python scripts/bench_forms.py --attn taylor --rounds 5
+python scripts/bench_forms.py --attn taylor --batch 16 --head-dim 32 --rounds 5
 python scripts/bench_forms.py --publish                and put the table into docs/performance.md
 
-A ratio is the time of all pairs at once divided by that of blocks: below 1 all pairs are faster. Batch 4, 12 heads of
-64, one thread, CPU time of the thread; short calls are timed some at a time. The last line of stdout is one JSON
-document.
+A ratio is the time of all pairs at once divided by that of blocks: below 1 all pairs are faster. 12 heads, one thread,
+CPU time of the thread; short calls are timed some at a time. The last line of stdout is one JSON document.
 """
 
 import argparse
 import functools
 import sys
+from dataclasses import replace
 
 import torch
-from bench import CLOCK, Call, Row, add_outputs, finish, guarded, inference, linear, ratio_row, record, say, training
+from bench import CLOCK, Call, D, Row, add_outputs, finish, guarded, inference, linear, ratio_row, record, say, training
 
 from hhbench.errors import UsageError
 from hhbench.kernels import kernels
@@ -23,29 +23,28 @@ from hhbench.linear_attention import LinearAttention
 
 LENGTHS = (16, 32, 64, 80, 96, 128, 192)
 ATTENTIONS = ("hedgehog", "elu")
-BATCH = 4
 TOKENS = 2048  # of all calls that are timed as one
 
 
-def repeated(attention: LinearAttention, num_tokens: int, form: str, *, backward: bool) -> Call:
+def repeated(attention: LinearAttention, batch: int, num_tokens: int, form: str, *, backward: bool) -> Call:
     """Calls of one form on the same inputs."""
     H, D = attention.shape.num_heads, attention.shape.head_dim
-    inputs = torch.randn(3, BATCH, H, num_tokens, D).unbind(0)
+    inputs = torch.randn(3, batch, H, num_tokens, D).unbind(0)
     attend = functools.partial(attention, form=form)
     attention.train(backward)
     call = training(attend, inputs, list(attention.parameters())) if backward else inference(attend, inputs)
-    times = max(1, TOKENS // (BATCH * num_tokens))
+    times = max(1, TOKENS // (batch * num_tokens))
     return lambda: [call() for _ in range(times)]
 
 
-def measure(name: str, num_tokens: int, rounds: int, *, causal: bool, backward: bool) -> Row:
+def measure(name: str, num_tokens: int, args: argparse.Namespace, *, causal: bool, backward: bool) -> Row:
     """One ratio, and the form that "auto" takes at this length."""
-    attention = linear(name, causal=causal)
+    attention = linear(name, causal=causal, head_dim=args.head_dim)
     forms = ("quadratic", "chunked")
-    calls = {form: repeated(attention, num_tokens, form, backward=backward) for form in forms}
+    calls = {form: repeated(attention, args.batch, num_tokens, form, backward=backward) for form in forms}
     with kernels() as ran:
-        repeated(attention, num_tokens, "auto", backward=backward)()
-    samples = CLOCK.interleaved(calls, rounds)
+        repeated(attention, args.batch, num_tokens, "auto", backward=backward)()
+    samples = CLOCK.interleaved(calls, args.rounds)
     order, passes = "causal" if causal else "bidirectional", "forward + backward" if backward else "forward"
     row = ratio_row(
         f"{name} {order} {passes} {num_tokens}",
@@ -55,7 +54,7 @@ def measure(name: str, num_tokens: int, rounds: int, *, causal: bool, backward: 
         to="chunked",
         taken=sorted(ran),
     )
-    return Row(**{**vars(row), "note": f"takes {'all pairs' if 'quadratic' in ran else 'blocks'}"})
+    return replace(row, note=f"takes {'all pairs' if 'quadratic' in ran else 'blocks'}")
 
 
 def main() -> int:
@@ -64,23 +63,26 @@ def main() -> int:
     parser.add_argument(
         "--lengths", type=lambda text: [int(part) for part in text.split(",")], default=list(LENGTHS), metavar="A,B"
     )
+    parser.add_argument("--batch", type=int, default=4, metavar="N", help="sequences (4)")
+    parser.add_argument("--head-dim", type=int, default=D, metavar="D", help=f"of q, k and v ({D})")
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="of every comparison (15)")
     add_outputs(parser)
     args = parser.parse_args()
-    if min(args.rounds, *args.lengths) < 1:
-        raise UsageError("--rounds and --lengths must be at least 1")
+    if min(args.rounds, args.batch, args.head_dim, *args.lengths) < 1:
+        raise UsageError("--rounds, --batch, --head-dim and --lengths must be at least 1")
     names = [name.strip() for name in args.attn.split(",")]
-    if args.publish and (tuple(names), tuple(args.lengths)) != (ATTENTIONS, LENGTHS):
-        raise UsageError("--publish needs the usual attentions and lengths: leave the other options out")
+    usual = (ATTENTIONS, LENGTHS, 4, D)
+    if args.publish and (tuple(names), tuple(args.lengths), args.batch, args.head_dim) != usual:
+        raise UsageError("--publish needs the usual attentions, lengths and shape: leave those options out")
     torch.set_num_threads(1)
     rows = []
     for name in names:
         for causal in (True, False):
             for backward in (False, True):
                 for num_tokens in args.lengths:
-                    rows.append(measure(name, num_tokens, args.rounds, causal=causal, backward=backward))
+                    rows.append(measure(name, num_tokens, args, causal=causal, backward=backward))
                     say(f"{rows[-1].what}: {rows[-1].value:.2f}")
-    finish(record("bench_forms", rows, batch=BATCH), args, "forms")
+    finish(record("bench_forms", rows, batch=args.batch, head_dim=args.head_dim), args, "forms")
     return 0
 
 
