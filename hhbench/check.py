@@ -461,30 +461,31 @@ def _sees_future(case: Case) -> Iterator[Measured]:
 @_check("padding", "padded equals unpadded, outputs and gradients, whatever lies in the padding")
 def _padding(case: Case) -> Iterator[Measured]:
     module = case.build()
-    parts = case.inputs(batch=1)
-    leaves = _leaves(module, parts)
-    alone = module(*parts)
-    cotangent = torch.randn_like(alone)
-    expected = _grads(alone, leaves, cotangent)
-    for left, right in ((3, 0), (0, 2), (2, 3)):
-        key_mask = torch.zeros(1, left + N + right, dtype=torch.bool)
-        key_mask[:, left : left + N] = True
-        for garbage in ("random", "1e30", "inf", "nan"):
+    for length in (N, ACROSS):
+        parts = case.inputs(batch=1, length=length)
+        leaves = _leaves(module, parts)
+        alone = module(*parts)
+        cotangent = torch.randn_like(alone)
+        expected = _grads(alone, leaves, cotangent)
+        for left, right in ((3, 0), (0, 2), (2, 3)):
+            key_mask = torch.zeros(1, left + length + right, dtype=torch.bool)
+            key_mask[:, left : left + length] = True
+            for garbage in ("random", "1e30", "inf", "nan"):
 
-            def pad(x: Tensor, size: int, garbage: str = garbage) -> Tensor:
-                shape = [*x.shape]
-                shape[_token_dim(x)] = size
-                noise = torch.randn(shape, dtype=x.dtype)
-                return noise if garbage == "random" else noise.sign() * float(garbage)
+                def pad(x: Tensor, size: int, garbage: str = garbage) -> Tensor:
+                    shape = [*x.shape]
+                    shape[_token_dim(x)] = size
+                    noise = torch.randn(shape, dtype=x.dtype)
+                    return noise if garbage == "random" else noise.sign() * float(garbage)
 
-            where = f"{left} left and {right} right, {garbage}"
-            out = module(
-                *(torch.cat([pad(x, left), x, pad(x, right)], _token_dim(x)) for x in parts), key_mask=key_mask
-            )
-            yield Measured(_not_finite([out]), 0.0, f"not finite, {where}")
-            found = _take(out, left, left + N)
-            yield Measured(_distance(found, alone), CLOSE, where)
-            yield from _gradient_distances(case, module, _grads(found, leaves, cotangent), expected, CLOSE, where)
+                where = f"{length} tokens, {left} left and {right} right, {garbage}"
+                out = module(
+                    *(torch.cat([pad(x, left), x, pad(x, right)], _token_dim(x)) for x in parts), key_mask=key_mask
+                )
+                yield Measured(_not_finite([out]), 0.0, f"not finite, {where}")
+                found = _take(out, left, left + length)
+                yield Measured(_distance(found, alone), CLOSE, where)
+                yield from _gradient_distances(case, module, _grads(found, leaves, cotangent), expected, CLOSE, where)
 
 
 @_check("batch", "a row of a batch gives what it gives alone")

@@ -42,7 +42,7 @@ class Chunks(Protocol):
     Attributes:
         name: of this implementation, for `hhbench.kernels`.
         size: tokens of a chunk.
-        by_pairs: up to so many tokens, in causal order, all pairs at once take less time, with a gradient and without.
+        by_pairs: up to so many tokens, in causal order, all pairs at once take no more time, gradient or not.
         by_pairs_bidirectional: the same where each query sees all keys.
     """
 
@@ -127,7 +127,7 @@ class OneByOne:
     name = "blocks"
     size = 64
     by_pairs = 96
-    by_pairs_bidirectional = 64
+    by_pairs_bidirectional = 32
 
     def product(self, a: Tensor, b: Tensor, name: str, *, exact: str = "") -> Tensor:
         del exact
@@ -266,7 +266,7 @@ class AtOnce:
     """
 
     size = 128
-    by_pairs_bidirectional = 0  # two products, which are as few
+    by_pairs_bidirectional = 0  # sums take two products as well
 
     def __init__(self, operands: torch.dtype | None = None) -> None:
         self.operands = operands

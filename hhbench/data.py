@@ -826,7 +826,7 @@ def hash_files(paths: Iterable[Path], root: Path | None = None) -> str:
     """One sha256 over the names and contents of files and of all files below folders, in hex.
 
     A file goes by its own name and one in a folder by its path below it, so a copy elsewhere hashes the same. Where the
-    folders that files lie in mean something, as classes do, name the `root` from which their paths count.
+    folders that files lie in mean something, as classes do, name the `root` above them from which their paths count.
 
     Raises:
         DataError: one of them is missing or can't be read.
@@ -847,7 +847,7 @@ def hash_files(paths: Iterable[Path], root: Path | None = None) -> str:
 def remembered_hash(paths: Sequence[Path], root: Path | None = None) -> str:
     """`hash_files` of files that are too many, or too large, to be read before each run: ImageNet's are 150 GB.
 
-    They are read once, and again where one's place, size or time of change is another.
+    They are read once, and again where one's place, size or time of change is another. For `root` see `hash_files`.
 
     Raises:
         DataError: one of them is missing or can't be read.
@@ -867,4 +867,4 @@ def remembered_hash(paths: Sequence[Path], root: Path | None = None) -> str:
         )
         return hash_files(paths, root)
 
-    return cached_text(f"hash-{hash_text(json.dumps([str(root), known]))}.txt", read)
+    return cached_text(f"hash-{hash_text(json.dumps([known, str(root.absolute())] if root else known))}.txt", read)

@@ -437,7 +437,7 @@ def _average_table(group: Group, suite: tuple[str, ...], candidates: _Candidates
     rows: list[Row] = []
     notes: list[str] = []
     used: list[Result] = []
-    runs: list[dict[tuple[int, int], Result]] = []
+    averaged: list[dict[tuple[int, int], Result]] = []
     for name, entries in sorted(candidates.items()):
         missing = [dataset for dataset in suite if dataset not in entries]
         twice = [dataset for dataset in suite if len(entries.get(dataset, ())) > 1]
@@ -450,7 +450,7 @@ def _average_table(group: Group, suite: tuple[str, ...], candidates: _Candidates
         if not seeds:
             notes.append(f"Not averaged: {_shown(name)}, which has no seed with all data sets.")
             continue
-        runs += by_seed
+        averaged.append({seed: by_seed[0][seed] for seed in seeds})
         units = [[own[seed] for own in by_seed] for seed in seeds]
         rows.append(_row(units, settings="", measured=False))
         used += [r for unit in units for r in unit]
@@ -460,7 +460,7 @@ def _average_table(group: Group, suite: tuple[str, ...], candidates: _Candidates
         lines=(
             _conditions(group, used),
             "Each seed's mean over the data sets; the spread is over seeds.",
-            *_one_teacher(group, runs),
+            *_one_teacher(group, averaged),
             *_replacement(used),
             *notes,
         ),
@@ -550,7 +550,7 @@ def _one_teacher(group: Group, runs: Iterable[dict[tuple[int, int], Result]]) ->
     teachers = [{teacher for _, teacher in own} for own in runs if len(own) > 1]
     if group.regime != "finetuned-conversion" or not any(len(own) == 1 for own in teachers):
         return []
-    return ["±: over seeds that share one teacher. What another teacher would change is not in it (--teacher-seed)."]
+    return ["±: where a row's seeds share one teacher, what another one would change is not in it (--teacher-seed)."]
 
 
 def _replacement(results: Iterable[Result]) -> list[str]:

@@ -1,8 +1,9 @@
 """Write the committed tables and their plots from the result files in docs/results.
 
-python scripts/publish.py                     rewrite the tables of README.md and docs/, and the plots beside them
+python scripts/publish.py                     rewrite the tables of README.md and docs/ and the plots beside them
+                                              (docs/performance.md is bench.py's)
 python scripts/publish.py mini runs           first copy every result below runs/ to docs/results/mini
-python scripts/publish.py conversions runs    and here to docs/results/conversions
+python scripts/publish.py conversions runs    and here to docs/results/conversions; the same for teachers
 """
 
 import json
@@ -141,7 +142,7 @@ def plot(name: str) -> None:
     figure.text(
         0.5,
         0.01,
-        "dots: seeds; bar: their mean; dashed: the softmax teacher that was converted; in brackets: a recipe that "
+        "dots: runs; bar: their mean; dashed: the softmax teachers that were converted; in brackets: a recipe that "
         "isn't the attention's default",
         ha="center",
         fontsize=8,

@@ -36,6 +36,7 @@ class Unlabelled(Task):
     scored = False
     teaches = {"encoder": "wikipedia", "vision": None}
     regimes = ("pretrained-conversion",)
+    version = 2  # 1 flipped images by no seed
     datasets = {"wikipedia": Dataset("wikipedia", "kl", higher_is_better=False, files=(lm.WIKIPEDIA,))}
     suites = {"mini": (), "paper": ()}
 

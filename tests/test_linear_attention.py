@@ -246,9 +246,21 @@ def test_a_map_that_states_another_width_is_summed_all_the_same(causal):
         drawn.assert_equal(drawn.module(*drawn.inputs), drawn.module(*drawn.inputs, form="quadratic"))
 
 
-@pytest.mark.parametrize("N", [9, 64, 65, 300])
-def test_an_output_is_the_same_with_and_without_gradients(N):
-    drawn = Setting(Scaled, 0, B=2, G=1, group=2, N=N, D=3, E=2)
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+def test_short_sequences_take_all_pairs_and_longer_ones_do_not(causal):
+    chunks, _ = Setting(Scaled, 0, B=1, G=1, group=2, N=1, D=3, E=2).module._order(torch.zeros(1))
+    most = chunks.by_pairs if causal else chunks.by_pairs_bidirectional
+    for N in {max(2, most), most + 1}:
+        drawn = Setting(Scaled, 0, B=2, G=1, group=2, N=N, D=3, E=2, causal=causal)
+        with kernels() as ran:
+            drawn.module(*drawn.inputs)
+        assert ("quadratic" in ran) == (most >= N)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("N", [9, 32, 33, 96, 97, 300])
+def test_an_output_is_the_same_with_and_without_gradients(N, causal):
+    drawn = Setting(Scaled, 0, B=2, G=1, group=2, N=N, D=3, E=2, causal=causal)
     with torch.no_grad():
         out = drawn.module(*drawn.inputs)
     assert torch.equal(out, drawn.module(*drawn.inputs))

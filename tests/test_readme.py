@@ -119,7 +119,7 @@ def test_the_tables_are_those_of_the_results() -> None:
         )
 
 
-@pytest.mark.parametrize("name", ["mini", "conversions"])
+@pytest.mark.parametrize("name", ["mini", "conversions", "teachers"])
 def test_the_published_tables_are_the_command_s(name: str, folder: Path) -> None:
     printed = run([sys.executable, "-m", "hhbench", "leaderboard", f"docs/results/{name}"], folder)
     assert printed.strip("\n") in (ROOT / "docs" / f"{name}.md").read_text()

@@ -203,7 +203,7 @@ class _Session:
         checked = self._check()
         tracks: dict[tuple[str, str, str], _Track] = {}
         for (label, name), verdict in checked.items():
-            buildable = verdict.ended is None or verdict.ended[0] == record.WRONG
+            buildable = verdict.ended is None or verdict.ended[0] != record.UNSUPPORTED
             for work in self.subject.works(label if buildable else SOFTMAX):
                 tracks[label, work, name] = _Track(ended=verdict.ended)
         lengths = self.subject.lengths
@@ -236,7 +236,8 @@ class _Session:
                     found[label, name] = _Verdict((record.UNSUPPORTED, str(error)), True)
                     continue
                 except Exception as error:  # an attention's own, or a device's that lacks an operation
-                    found[label, name] = _Verdict((record.FAILED, f"its check failed: {in_one_line(error)}"), True)
+                    status = record.NO_MEMORY if out_of_memory(error) else record.FAILED
+                    found[label, name] = _Verdict((status, f"its check failed: {in_one_line(error)}"), True)
                     continue
                 found[label, name] = _Verdict((record.WRONG, wrong) if wrong and compared else None, compared)
         return found
