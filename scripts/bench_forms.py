@@ -28,8 +28,8 @@ TOKENS = 2048  # of all calls that are timed as one
 
 def repeated(attention: LinearAttention, batch: int, num_tokens: int, form: str, *, backward: bool) -> Call:
     """Calls of one form on the same inputs."""
-    H, D = attention.shape.num_heads, attention.shape.head_dim
-    inputs = torch.randn(3, batch, H, num_tokens, D).unbind(0)
+    shape = attention.shape
+    inputs = torch.randn(3, batch, shape.num_heads, num_tokens, shape.head_dim).unbind(0)
     attend = functools.partial(attention, form=form)
     attention.train(backward)
     call = training(attend, inputs, list(attention.parameters())) if backward else inference(attend, inputs)
@@ -57,12 +57,14 @@ def measure(name: str, num_tokens: int, args: argparse.Namespace, *, causal: boo
     return replace(row, note=f"takes {'all pairs' if 'quadratic' in ran else 'blocks'}")
 
 
+def lengths(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--attn", default=",".join(ATTENTIONS), help="linear attentions, separated by commas")
-    parser.add_argument(
-        "--lengths", type=lambda text: [int(part) for part in text.split(",")], default=list(LENGTHS), metavar="A,B"
-    )
+    parser.add_argument("--lengths", type=lengths, default=LENGTHS, metavar="A,B")
     parser.add_argument("--batch", type=int, default=4, metavar="N", help="sequences (4)")
     parser.add_argument("--head-dim", type=int, default=D, metavar="D", help=f"of q, k and v ({D})")
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="of every comparison (15)")
@@ -72,7 +74,7 @@ def main() -> int:
         raise UsageError("--rounds, --batch, --head-dim and --lengths must be at least 1")
     names = [name.strip() for name in args.attn.split(",")]
     usual = (ATTENTIONS, LENGTHS, 4, D)
-    if args.publish and (tuple(names), tuple(args.lengths), args.batch, args.head_dim) != usual:
+    if args.publish and (tuple(names), args.lengths, args.batch, args.head_dim) != usual:
         raise UsageError("--publish needs the usual attentions, lengths and shape: leave those options out")
     torch.set_num_threads(1)
     rows = []
