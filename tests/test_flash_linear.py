@@ -92,7 +92,7 @@ def errors(name: str, shared: bool, mask: bool, pieces: list[int]) -> tuple[dict
     return dict(ran), worst | {n: distance(getattr(state, n), getattr(end, n)) for n in ("values", "keys")}
 
 
-@pytest.mark.parametrize("pieces", [[150], [70, 1, 66]], ids=["whole", "in pieces"])
+@pytest.mark.parametrize("pieces", [[150], [100, 1, 66]], ids=["whole", "in pieces"])
 @pytest.mark.parametrize(
     ("name", "shared", "mask"), [("hedgehog", False, False), ("elu", True, False), ("hedgehog", False, True)]
 )
