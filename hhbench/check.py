@@ -11,6 +11,7 @@ To add a check, write a generator and decorate it with `@_check(id, title)`.
 import dataclasses
 import inspect
 import io
+import itertools
 import json
 import logging
 import math
@@ -467,25 +468,27 @@ def _padding(case: Case) -> Iterator[Measured]:
         alone = module(*parts)
         cotangent = torch.randn_like(alone)
         expected = _grads(alone, leaves, cotangent)
-        for left, right in ((3, 0), (0, 2), (2, 3)):
+        for (left, right), garbage in itertools.product(((3, 0), (0, 2), (2, 3)), ("random", "1e30", "inf", "nan")):
             key_mask = torch.zeros(1, left + length + right, dtype=torch.bool)
             key_mask[:, left : left + length] = True
-            for garbage in ("random", "1e30", "inf", "nan"):
+            where = f"{length} tokens, {left} left and {right} right, {garbage}"
+            out = module(*(_between(x, left, right, garbage) for x in parts), key_mask=key_mask)
+            yield Measured(_not_finite([out]), 0.0, f"not finite, {where}")
+            found = _take(out, left, left + length)
+            yield Measured(_distance(found, alone), CLOSE, where)
+            yield from _gradient_distances(case, module, _grads(found, leaves, cotangent), expected, CLOSE, where)
 
-                def pad(x: Tensor, size: int, garbage: str = garbage) -> Tensor:
-                    shape = [*x.shape]
-                    shape[_token_dim(x)] = size
-                    noise = torch.randn(shape, dtype=x.dtype)
-                    return noise if garbage == "random" else noise.sign() * float(garbage)
 
-                where = f"{length} tokens, {left} left and {right} right, {garbage}"
-                out = module(
-                    *(torch.cat([pad(x, left), x, pad(x, right)], _token_dim(x)) for x in parts), key_mask=key_mask
-                )
-                yield Measured(_not_finite([out]), 0.0, f"not finite, {where}")
-                found = _take(out, left, left + length)
-                yield Measured(_distance(found, alone), CLOSE, where)
-                yield from _gradient_distances(case, module, _grads(found, leaves, cotangent), expected, CLOSE, where)
+def _between(x: Tensor, left: int, right: int, garbage: str) -> Tensor:
+    """x with so many tokens more on either side: random ones, or this value with either sign."""
+
+    def tokens(size: int) -> Tensor:
+        shape = [*x.shape]
+        shape[_token_dim(x)] = size
+        noise = torch.randn(shape, dtype=x.dtype)
+        return noise if garbage == "random" else noise.sign() * float(garbage)
+
+    return torch.cat([tokens(left), x, tokens(right)], _token_dim(x))
 
 
 @_check("batch", "a row of a batch gives what it gives alone")

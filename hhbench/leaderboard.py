@@ -20,7 +20,7 @@ import io
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
@@ -437,7 +437,7 @@ def _average_table(group: Group, suite: tuple[str, ...], candidates: _Candidates
     rows: list[Row] = []
     notes: list[str] = []
     used: list[Result] = []
-    averaged: list[dict[tuple[int, int], Result]] = []
+    averaged: list[list[tuple[int, int]]] = []
     for name, entries in sorted(candidates.items()):
         missing = [dataset for dataset in suite if dataset not in entries]
         twice = [dataset for dataset in suite if len(entries.get(dataset, ())) > 1]
@@ -450,8 +450,8 @@ def _average_table(group: Group, suite: tuple[str, ...], candidates: _Candidates
         if not seeds:
             notes.append(f"Not averaged: {_shown(name)}, which has no seed with all data sets.")
             continue
-        averaged.append({seed: by_seed[0][seed] for seed in seeds})
-        units = [[own[seed] for own in by_seed] for seed in seeds]
+        averaged.append(seeds)
+        units = [[runs[seed] for runs in by_seed] for seed in seeds]
         rows.append(_row(units, settings="", measured=False))
         used += [r for unit in units for r in unit]
     named = {r.task["dataset"]: f"{r.task['title']} {r.score.name}" for r in used}
@@ -545,9 +545,13 @@ def _conditions(group: Group, results: Sequence[Result]) -> str:
     return f"{text[0].upper()}{text[1:]}.{ran}"
 
 
-def _one_teacher(group: Group, runs: Iterable[dict[tuple[int, int], Result]]) -> list[str]:
-    """What a reader must know of a spread in which every run began from the same teacher that was trained here."""
-    teachers = [{teacher for _, teacher in own} for own in runs if len(own) > 1]
+def _one_teacher(group: Group, rows: Iterable[Collection[tuple[int, int]]]) -> list[str]:
+    """What a reader must know of a spread in which every run began from the same teacher that was trained here.
+
+    Args:
+        rows: the seeds of each row, each with its teacher's.
+    """
+    teachers = [{teacher for _, teacher in seeds} for seeds in rows if len(seeds) > 1]
     if group.regime != "finetuned-conversion" or not any(len(own) == 1 for own in teachers):
         return []
     return ["±: where a row's seeds share one teacher, what another one would change is not in it (--teacher-seed)."]

@@ -23,6 +23,7 @@ from hhbench.linear_attention import LinearAttention
 
 LENGTHS = (16, 32, 64, 80, 96, 128, 192)
 ATTENTIONS = ("hedgehog", "elu")
+BATCH = 4
 TOKENS = 2048  # of all calls that are timed as one
 
 
@@ -65,7 +66,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--attn", default=",".join(ATTENTIONS), help="linear attentions, separated by commas")
     parser.add_argument("--lengths", type=lengths, default=LENGTHS, metavar="A,B")
-    parser.add_argument("--batch", type=int, default=4, metavar="N", help="sequences (4)")
+    parser.add_argument("--batch", type=int, default=BATCH, metavar="N", help=f"sequences ({BATCH})")
     parser.add_argument("--head-dim", type=int, default=D, metavar="D", help=f"of q, k and v ({D})")
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="of every comparison (15)")
     add_outputs(parser)
@@ -73,7 +74,7 @@ def main() -> int:
     if min(args.rounds, args.batch, args.head_dim, *args.lengths) < 1:
         raise UsageError("--rounds, --batch, --head-dim and --lengths must be at least 1")
     names = [name.strip() for name in args.attn.split(",")]
-    usual = (ATTENTIONS, LENGTHS, 4, D)
+    usual = (ATTENTIONS, LENGTHS, BATCH, D)
     if args.publish and (tuple(names), args.lengths, args.batch, args.head_dim) != usual:
         raise UsageError("--publish needs the usual attentions, lengths and shape: leave those options out")
     torch.set_num_threads(1)

@@ -276,6 +276,12 @@ class Inputs:
     processor: Any = None
     transforms: Mapping[str, Any] | None = None
 
+    def split(self, rows: Any, indices: list[int], limit: int | None, *, training: bool = False) -> Split:
+        """Rows (PIL image, label), the first `limit` of those indices or, for 0, all; read when they are asked for."""
+        indices = indices[: limit or None]
+        images = Transformed(rows, indices, self.train if training else self.test)
+        return Split(images, [self.collate.num_tokens] * len(indices), draws=training, costly=True)
+
 
 def inputs_of(config: RunConfig) -> Inputs:
     """What the config's model takes."""
@@ -371,15 +377,10 @@ def _images(config: RunConfig) -> TaskData:
     order = torch.randperm(len(train_rows), generator=torch.Generator().manual_seed(0)).tolist()
     held = max(1, min(len(order) // 10, 10_000))
 
-    def split(rows: Any, indices: list[int], transform: Any, limit: int | None, *, draws: bool = False) -> Split:
-        indices = indices[: limit or None]
-        images = Transformed(rows, indices, transform)
-        return Split(images, [inputs.collate.num_tokens] * len(indices), draws, costly=True)
-
     return TaskData(
-        train=split(train_rows, order[held:], inputs.train, config.train_examples, draws=True),
-        validation=split(train_rows, order[:held], inputs.test, config.test_examples),
-        tests={"test": split(test_rows, list(range(len(test_rows))), inputs.test, config.test_examples)},
+        train=inputs.split(train_rows, order[held:], config.train_examples, training=True),
+        validation=inputs.split(train_rows, order[:held], config.test_examples),
+        tests={"test": inputs.split(test_rows, list(range(len(test_rows))), config.test_examples)},
         collate=inputs.collate,
         hashes=hashes,
         facts={"num_classes": classes, "processor": inputs.processor, "transforms": inputs.transforms},

@@ -160,15 +160,11 @@ def _images(config: RunConfig, paths: Sequence[Path]) -> TaskData:
     order = list(range(len(paths)))
     random.Random(0).shuffle(order)
 
-    def split(indices: list[int], transform: Any, limit: int | None, *, draws: bool = False) -> Split:
-        indices = indices[: limit or None]
-        images = imagenet.Transformed(_Files(paths), indices, transform)
-        return Split(images, [inputs.collate.num_tokens] * len(indices), draws, costly=True)
-
+    rows = _Files(paths)
     return TaskData(
-        train=split(order[2 * held :], inputs.train, config.train_examples, draws=True),
-        validation=split(order[held : 2 * held], inputs.test, config.test_examples),
-        tests={"test": split(order[:held], inputs.test, config.test_examples)},
+        train=inputs.split(rows, order[2 * held :], config.train_examples, training=True),
+        validation=inputs.split(rows, order[held : 2 * held], config.test_examples),
+        tests={"test": inputs.split(rows, order[:held], config.test_examples)},
         collate=inputs.collate,
         hashes={Path(str(config.dataset)).name: remembered_hash(paths)},
         facts={"processor": inputs.processor, "transforms": inputs.transforms},

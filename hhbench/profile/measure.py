@@ -232,12 +232,10 @@ class _Session:
                     wrong, compared = self.subject.check(label, DTYPES[name])
                 except DataError:  # no row can do without
                     raise
-                except HHBenchError as error:
-                    found[label, name] = _Verdict((record.UNSUPPORTED, str(error)), True)
-                    continue
                 except Exception as error:  # an attention's own, or a device's that lacks an operation
-                    status = record.NO_MEMORY if out_of_memory(error) else record.FAILED
-                    found[label, name] = _Verdict((status, f"its check failed: {in_one_line(error)}"), True)
+                    status = self._status_of(error)
+                    note = str(error) if status == record.UNSUPPORTED else f"its check failed: {in_one_line(error)}"
+                    found[label, name] = _Verdict((status, note), True)
                     continue
                 found[label, name] = _Verdict((record.WRONG, wrong) if wrong and compared else None, compared)
         return found
@@ -290,18 +288,25 @@ class _Session:
 
     def _stumble(self, entry: _Entry, track: _Track | None, error: Exception) -> None:
         """A call failed. What ran out of memory does so at longer lengths too."""
-        if out_of_memory(error):
-            entry.fail(record.NO_MEMORY, f"at {entry.length:,} tokens")
+        status = self._status_of(error)
+        if status == record.NO_MEMORY:
+            entry.fail(status, f"at {entry.length:,} tokens")
             if track is not None:
                 track.ended = record.NOT_RUN, f"memory: it ran out {entry.note}"
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-        elif isinstance(error, HHBenchError):
-            entry.fail(record.UNSUPPORTED, str(error))
+        elif status == record.UNSUPPORTED:
+            entry.fail(status, str(error))
         else:
-            entry.fail(record.FAILED, in_one_line(error))
+            entry.fail(status, in_one_line(error))
             if track is not None:
                 track.ended = record.FAILED, entry.note
+
+    def _status_of(self, error: Exception) -> str:
+        """What a call is that failed. Memory that ran out is given back."""
+        if out_of_memory(error):
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            return record.NO_MEMORY
+        return record.UNSUPPORTED if isinstance(error, HHBenchError) else record.FAILED
 
     # ---- rounds ------------------------------------------------------------------------------------------------
 
